@@ -1,0 +1,68 @@
+"""Low-rank adaptation: y = W x + b + (alpha / r) B A drop(x)   (Hu et al. 2022, eq. 3).
+
+A (rank, in) starts random, B (out, rank) starts at zero, so the adapted model starts as the base model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.literal.masters import master_copy_of
+
+
+class LowRank(nn.Module):
+    """The term (alpha / r) B A drop(x) of one projection."""
+
+    def __init__(self, inputs: int, outputs: int, method: Any, like: Tensor) -> None:
+        super().__init__()
+        like = master_copy_of(like)
+        self.A = nn.Parameter(like.new_empty(method.rank, inputs))
+        self.B = nn.Parameter(like.new_zeros(outputs, method.rank))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        alpha = method.rank if method.alpha is None else method.alpha
+        self.scale = alpha / method.rank
+        self.dropout = method.dropout
+
+    def forward(self, x: Tensor, mask: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """Return the term for rows x, with random dropout or with the given multipliers."""
+        if self.training and self.dropout:
+            x = F.dropout(x, self.dropout) if mask is None else x * mask(x)
+        return self.scale * (x @ self.A.to(x.dtype).T @ self.B.to(x.dtype).T)
+
+
+def project(
+    linear: nn.Linear,
+    x: Tensor,
+    roles: Mapping[str, slice],
+    lora: nn.ModuleDict | None,
+    mask: Callable[[str, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Compute W x + b and add, to the columns of each role that has one, its low-rank term."""
+    y = linear(x)
+    present = [role for role in roles if lora is not None and role in lora]
+    if not present:
+        return y
+    terms = torch.zeros_like(y)
+    for role in present:
+        term = lora[role](x, None if mask is None else partial(mask, role))
+        columns = range(y.shape[-1])[roles[role]]
+        terms = terms + F.pad(term, (columns.start, y.shape[-1] - columns.stop))
+    return y + terms
+
+
+def add(model: nn.Module, method: Any) -> None:
+    """Give every block its low-rank terms as `blocks.i.lora.<role>.A` and `.B`."""
+    for block in model.blocks:
+        width_in, width = block.attn.qkv.in_features, block.attn.qkv.out_features // 3
+        shapes = {"q": (width_in, width), "k": (width_in, width), "v": (width_in, width)}
+        linears = {"o": block.attn.proj, "fc1": getattr(block.mlp, "fc1", None), "fc2": block.mlp.fc2}
+        shapes |= {role: (linear.in_features, linear.out_features) for role, linear in linears.items() if linear}
+        like = block.attn.qkv.weight
+        block.lora = nn.ModuleDict({role: LowRank(*shapes[role], method, like) for role in method.targets})
