@@ -1,0 +1,81 @@
+"""The native CPU library (csrc/cpu), and what the CPU can run.
+
+The library is optional: everything works without it, and `status` says why it is not there. Nothing is opened on
+import, only when first asked for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+import warnings
+from pathlib import Path
+
+LIBRARY = Path(__file__).with_name("libfastpeft_cpu.so")
+# Of the interface in csrc/cpu/features.cpp, which also fixes the order of the names.
+INTERFACE = 1
+FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16")
+
+
+@functools.cache
+def _open() -> tuple[ctypes.CDLL | None, str]:
+    """The library or None, and a line about it. A library that is there but unusable is one warning."""
+    if not LIBRARY.exists():
+        return None, "not built; to build it: pip install --no-build-isolation . (with torch, ninja and a C++ compiler)"
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+        library.fastpeft_cpu_interface.restype = ctypes.c_int32
+        found = library.fastpeft_cpu_interface()
+    except (OSError, AttributeError) as error:
+        reason = f"cannot be loaded: {error}"
+    else:
+        if found == INTERFACE:
+            library.fastpeft_cpu_features.restype = ctypes.c_uint64
+            library.fastpeft_cpu_request_amx.restype = ctypes.c_int32
+            return library, f"loaded from {LIBRARY}"
+        reason = f"{LIBRARY} was built from other sources (interface {found}, expected {INTERFACE})"
+    reason += "; rebuild it with pip install --no-build-isolation ."
+    warnings.warn(f"fastpeft goes on without its native CPU library, which {reason}", RuntimeWarning, stacklevel=3)
+    return None, reason
+
+
+def library() -> ctypes.CDLL | None:
+    """The native CPU library, or None where it is not built or not usable."""
+    return _open()[0]
+
+
+def status() -> str:
+    """One line: where the native library was loaded from, or why it was not."""
+    return _open()[1]
+
+
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """Names from `FEATURES` that the CPU and the operating system together can run.
+
+    Without the native library the operating system's own list is read, which exists on Linux only; elsewhere the
+    answer is then empty, which selects the slowest and safest code.
+    """
+    if (native := library()) is not None:
+        bits = native.fastpeft_cpu_features()
+        return frozenset(name for position, name in enumerate(FEATURES) if bits >> position & 1)
+    return _listed_features(Path("/proc/cpuinfo"))
+
+
+def request_amx() -> bool:
+    """Ask the operating system for the AMX tile registers; True if this process may now use them."""
+    native = library()
+    return native is not None and "amx_tile" in cpu_features() and bool(native.fastpeft_cpu_request_amx())
+
+
+def _listed_features(listing: Path) -> frozenset[str]:
+    """Names from `FEATURES` in Linux's own list of the CPU's features."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return frozenset()
+    try:
+        lines = listing.read_text().splitlines()
+    except OSError:
+        return frozenset()
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return frozenset(flags) & frozenset(FEATURES)

@@ -1,0 +1,1 @@
+"""Triton kernels, one file an operator: forward, backward and launch choice. Installed as `fastpeft.kernels`."""
