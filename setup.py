@@ -77,8 +77,9 @@ class NativeBuild(build_ext):
                 reason = f"the compiler failed:\n{output.strip()}"
         if os.environ.get("FASTPEFT_NATIVE") == "1":
             raise SystemExit(f"fastpeft: the native library was asked for (FASTPEFT_NATIVE=1), but {reason}")
-        # A library left by an earlier build would be taken for this one.
-        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+        # A library left by an earlier build would be taken for this one's.
+        stale = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
+        (stale / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
         if os.environ.get("FASTPEFT_NATIVE") != "0":
             print(f"warning: fastpeft is installed without its native library: {reason}", file=sys.stderr)
 
