@@ -43,21 +43,22 @@ class LiteralBlock(nn.Module):
         """Run the block over all rows of x, (batch, rows, width)."""
         block_mask = None if lora_mask is None else partial(lora_mask, self.index)
         h = self.norm1(x)
-        a = attention(self.attn, h, lora=self.lora, prefix=self.prefix, mask=block_mask)
-        x = x + self.drop_path1(self.ls1(self._adapt("attn", h, a)))
+        f = self.ls1(attention(self.attn, h, lora=self.lora, prefix=self.prefix, mask=block_mask))
+        x = x + self.drop_path1(self._adapt("attn", h, f))
 
         h = self.norm2(x)
-        u = self._adapt("ffn", h, self._ffn(h, block_mask))
-        if self.adapter is not None:
-            u = u + self.adapter(u)
-        return x + self.drop_path2(self.ls2(u))
+        f = self.ls2(self._ffn(h, block_mask))
+        return x + self.drop_path2(self._adapt("ffn", h, f))
 
     def _adapt(self, location: str, h: Tensor, f: Tensor) -> Tensor:
-        """Apply the serial adapter, A(f), and add the parallel one, A(h), for a sub-layer f of h."""
-        if self.serial_adapter is not None and location in self.serial_adapter:
-            f = self.serial_adapter[location](f)
-        if self.parallel_adapter is not None and location in self.parallel_adapter:
-            f = f + self.parallel_adapter[location](h)
+        """Run the adapters of a sub-layer with input h and output f, in the order in which they were added."""
+        for name, module in self.named_children():
+            if name == "adapter" and location == "ffn":
+                f = f + module(f)
+            elif name == "serial_adapter" and location in module:
+                f = module[location](f)
+            elif name == "parallel_adapter" and location in module:
+                f = f + module[location](h)
         return f
 
     def _ffn(self, h: Tensor, mask: Callable[[str, Tensor], Tensor] | None) -> Tensor:
