@@ -1,0 +1,53 @@
+"""Class folders: `<root>/train/<class>/*.jpg`, likewise `test` and, where there is one, `val`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastpeft.data.errors import DataError
+from fastpeft.data.sources import FileSource
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+
+
+def open_folder(root: str | Path) -> tuple[dict[str, FileSource], list[str]]:
+    """List the images of a class-folder data set.
+
+    Classes are the folders under `train`, numbered in sorted order; `val` and `test` may lack some, not add any. A
+    data set with `val` and without `test`, as ImageNet is usually stored, is tested on `val` and has no validation
+    split.
+
+    Returns:
+        The sources `train`, `val` (if there is one) and `test`, and the class names in label order.
+    """
+    root = Path(root)
+    if not (root / "train").is_dir():
+        raise DataError(f"{root}: expected a folder with train/<class>/<image files> and the same for test")
+    names = sorted(path.name for path in (root / "train").iterdir() if path.is_dir())
+    if not names:
+        raise DataError(f"{root / 'train'}: no class folders in it; expected train/<class>/<image files>")
+    sources = {split: _list_split(root / split, names) for split in ("train", "val", "test") if (root / split).is_dir()}
+    if "test" not in sources:
+        if "val" not in sources:
+            raise DataError(f"{root}: neither test/ nor val/ is there to test on")
+        sources["test"] = sources.pop("val")
+    return sources, names
+
+
+def _list_split(folder: Path, names: list[str]) -> FileSource:
+    paths, labels = [], []
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir():
+            continue
+        if path.name not in names:
+            raise DataError(f"{path}: this class has no folder under train/, which has: {_some(names)}")
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS)
+        paths += files
+        labels += [names.index(path.name)] * len(files)
+    if not paths:
+        raise DataError(f"{folder}: no image files in its class folders ({', '.join(sorted(EXTENSIONS))})")
+    return FileSource(paths, labels)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
