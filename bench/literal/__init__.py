@@ -6,6 +6,7 @@ own. Nothing here uses the library's engine; a method is recognised by its `name
 """
 
 from bench.literal.build import apply
+from bench.literal.freezing import HEADS, NEW_TENSORS
 from bench.literal.vit import token_states
 
-__all__ = ["apply", "token_states"]
+__all__ = ["HEADS", "NEW_TENSORS", "apply", "token_states"]

@@ -33,7 +33,7 @@ def attention(
     """
     batch, rows, _ = x.shape
     width = attn.num_heads * attn.head_dim
-    roles = {"q": slice(0, width), "k": slice(width, 2 * width), "v": slice(2 * width, 3 * width)}
+    roles = {"qkv": slice(None), "q": slice(width), "k": slice(width, 2 * width), "v": slice(2 * width, None)}
     q, k, v = project(attn.qkv, x, roles, lora, mask).split(width, dim=-1)
 
     def heads(t: Tensor) -> Tensor:

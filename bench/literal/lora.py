@@ -62,7 +62,12 @@ def add(model: nn.Module, method: Any) -> None:
     for block in model.blocks:
         width_in, width = block.attn.qkv.in_features, block.attn.qkv.out_features // 3
         shapes = {"q": (width_in, width), "k": (width_in, width), "v": (width_in, width)}
-        linears = {"o": block.attn.proj, "fc1": getattr(block.mlp, "fc1", None), "fc2": block.mlp.fc2}
+        linears = {
+            "qkv": block.attn.qkv,
+            "o": block.attn.proj,
+            "fc1": getattr(block.mlp, "fc1", None),
+            "fc2": block.mlp.fc2,
+        }
         shapes |= {role: (linear.in_features, linear.out_features) for role, linear in linears.items() if linear}
         like = block.attn.qkv.weight
         block.lora = nn.ModuleDict({role: LowRank(*shapes[role], method, like) for role in method.targets})

@@ -14,7 +14,7 @@ from bench.literal.masters import master_copy_of
 
 
 class Prefix(nn.Module):
-    """The prefix of one block, free tensors or the output of a small network (embedding, Linear, tanh, Linear)."""
+    """The prefix of one block: free tensors or, for keys and values, [P_k, P_v] = W_2 tanh(W_1 E + b_1) + b_2."""
 
     def __init__(self, method: Any, width: int, like: Tensor) -> None:
         super().__init__()
@@ -26,11 +26,10 @@ class Prefix(nn.Module):
             return nn.Parameter(like.new_empty(method.length, width).normal_(std=0.02))
 
         if self.reparametrised:
-            outputs = 2 * width if self.form == "kv" else width
             options = {"dtype": like.dtype, "device": like.device}
             self.embedding = rows()
             self.mlp = nn.Sequential(
-                nn.Linear(width, method.mlp, **options), nn.Tanh(), nn.Linear(method.mlp, outputs, **options)
+                nn.Linear(width, method.mlp, **options), nn.Tanh(), nn.Linear(method.mlp, 2 * width, **options)
             )
         elif self.form == "kv":
             self.k, self.v = rows(), rows()
@@ -45,10 +44,7 @@ class Prefix(nn.Module):
 
     def hidden_rows(self, batch: int) -> Tensor | None:
         """Return the rows to insert before the block, (batch, length, width); None in the other form."""
-        if self.form != "hidden":
-            return None
-        rows = self.mlp(self.embedding) if self.reparametrised else self.prompts
-        return rows.expand(batch, -1, -1)
+        return self.prompts.expand(batch, -1, -1) if self.form == "hidden" else None
 
 
 def add(model: nn.Module, method: Any) -> None:

@@ -1,0 +1,109 @@
+"""Memory of a training step, measured three ways.
+
+- `saved_bytes`: what autograd keeps for the backward pass, each storage counted once, parameters and buffers left out;
+- `cuda_peak`: the most the CUDA allocator held during a call, less what it held before;
+- `ResidentPeak`: the most memory the process occupied during a block, less what it occupied before. The operating
+  system never forgets a peak of another variant, so such a figure comes from a process of its own: `in_subprocess`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def saved_bytes(function: Callable[[], object], model: nn.Module) -> int:
+    """Return the bytes that autograd keeps for backward while `function` runs a forward pass of `model`."""
+    own = {_storage(t) for t in (*model.parameters(), *model.buffers())}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        key = _storage(tensor)
+        if key not in own:
+            seen[key] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = function()  # the graph has to live until the count is done, or storages are freed and reused
+    del kept
+    return sum(seen.values())
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def cuda_peak(function: Callable[[], object], device: torch.device | str) -> int:
+    """Return the bytes that the CUDA allocator held at most during a call, beyond those held before it."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+class ResidentPeak:
+    """Peak resident memory of this process inside a `with` block, less what was resident at its start.
+
+    Attributes:
+        bytes: The figure, after the block.
+    """
+
+    def __enter__(self) -> ResidentPeak:
+        gc.collect()
+        if sys.platform == "linux":
+            # Give back what loading the model has freed; otherwise the block would reuse it unseen. glibc only.
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+            if trim is not None:
+                trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # 5 resets the peak to what is resident now
+        self._before = _resident()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bytes = _peak_resident() - self._before
+
+
+def _resident() -> int:
+    return _status("VmRSS") if sys.platform == "linux" else _peak_resident()
+
+
+def _peak_resident() -> int:
+    if sys.platform == "linux":
+        return _status("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}: cannot measure the memory of this process")
+
+
+def in_subprocess(module: str, *arguments: str) -> dict[str, object]:
+    """Run `python -m module arguments` in a process of its own and return the JSON object on its last line.
+
+    Raises:
+        RuntimeError: The process failed; the message ends with its own last words.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(":")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ)
+    if done.returncode != 0:
+        tail = "\n".join(done.stderr.strip().splitlines()[-5:])
+        raise RuntimeError(f"`{' '.join(command[1:])}` ended with status {done.returncode}:\n{tail}")
+    return json.loads(done.stdout.strip().splitlines()[-1])

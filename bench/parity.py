@@ -1,0 +1,137 @@
+"""Is a fused training step the literal one? Logits and every trainable gradient against a float64 reference.
+
+A tensor passes if its relative error is at most twice that of the literal implementation in the same type (plus a few
+roundings, since the baseline may be lucky), and below an absolute cap, so that a bad baseline excuses nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench import literal
+from bench.cases import build
+
+_ROUNDINGS = 8
+_CAP = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far one tensor of a fused step, and of the literal step in the same type, is from the float64 reference.
+
+    Attributes:
+        name: "logits" or a parameter's name.
+        fused, literal: Relative error, ||x - reference|| / ||reference||.
+        bound: What `fused` may be at most.
+        worst: Index of the largest absolute error, with the value and the reference there.
+    """
+
+    name: str
+    fused: float
+    literal: float
+    bound: float
+    worst: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the fused step is close enough; never true of a NaN."""
+        return self.fused <= self.bound
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: error {self.fused:.2e}, bound {self.bound:.2e} (literal {self.literal:.2e}); "
+            f"worst at {self.worst}"
+        )
+
+
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    """Give every tensor that a method added, and the head, random values: what starts at zero would hide errors."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(literal.HEADS) or any(part in name for part in literal.NEW_TENSORS):
+                values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_(values / max(parameter.shape[-1], 8) ** 0.5)
+
+
+def compare(
+    model: nn.Module,
+    method: Any,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    training: bool = True,
+    patched: nn.Module | None = None,
+) -> list[Deviation]:
+    """Compare one fused forward and backward pass with the literal one.
+
+    Random dropout in training mode is that of the engine, in all three models.
+
+    Args:
+        model: A plain timm model in float32; not changed.
+        method: The method to put on it.
+        images, labels: A batch on the model's device.
+        dtype: Type in which the fused and the literal step run; the reference runs in float64.
+        training: Training or evaluation mode.
+        patched: The fused model, if it was made otherwise than by `fastpeft.patch(model, method)`.
+    """
+    fused = patched if patched is not None else build("fused", method, model.to(dtype))
+    randomise(fused)
+    state = fused.state_dict()
+    masks = engine_masks(fused)
+    results = {"fused": _pass(fused.train(training), images.to(dtype), labels)}
+    for name, kind in (("literal", dtype), ("reference", torch.float64)):
+        twin = literal.apply(copy.deepcopy(model).to(kind), method, **masks)
+        if kind == torch.float64:
+            twin.double()
+        twin.load_state_dict(state)
+        results[name] = _pass(twin.train(training), images.to(dtype).to(kind), labels)
+    tensors = zip(results["reference"], *(results[k].values() for k in ("fused", "literal", "reference")), strict=True)
+    return [_deviation(name, *values, dtype) for name, *values in tensors]
+
+
+def _pass(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Return logits and the gradient of every trainable parameter, in float64."""
+    logits = model(images)
+    F.cross_entropy(logits.double(), labels).backward()
+    found = {"logits": logits.detach().double()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found[name] = parameter.grad.double()
+    return found
+
+
+def _deviation(name: str, fused: Tensor, baseline: Tensor, reference: Tensor, dtype: torch.dtype) -> Deviation:
+    size = max(float(reference.norm()), torch.finfo(torch.float64).tiny)
+    errors = [float((x - reference).norm()) / size for x in (fused, baseline)]
+    bound = min(2 * errors[1] + _ROUNDINGS * torch.finfo(dtype).eps, _CAP[dtype])
+    flat = int((fused - reference).abs().nan_to_num(torch.inf).argmax())
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), reference.shape))
+    worst = f"{index}: {float(fused.flatten()[flat]):.6g} against {float(reference.flatten()[flat]):.6g}"
+    return Deviation(name, *errors, bound, worst)
+
+
+def engine_masks(patched: nn.Module) -> dict[str, Callable]:
+    """Return the dropout multipliers of a patched model's latest forward pass, as arguments of `literal.apply`."""
+
+    def prompt_mask(index: int, batch: int) -> Tensor:
+        prompts = patched.blocks[index].vpt
+        width = prompts.prompts.shape[-1]
+        count = batch if prompts.per_sample else None
+        noise = patched.fastpeft_host.noise()
+        mask = noise.mask(prompts.site, count, prompts.length * width, prompts.dropout, torch.float64)
+        return mask.view(-1, prompts.length, width)
+
+    def lora_mask(index: int, role: str, x: Tensor) -> Tensor:
+        term = patched.blocks[index].lora.term(role, 0, x.shape[-1], patched.fastpeft_host.noise())
+        return term.drop(torch.ones_like(x))
+
+    return {"prompt_mask": prompt_mask, "lora_mask": lora_mask}

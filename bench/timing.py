@@ -1,0 +1,208 @@
+"""Times as ratios inside one run: variants take turns, and the unavoidable matrix products run beside them.
+
+A clock speed or a noisy neighbour that changes during a run changes all variants alike, because they alternate. The
+floor tells how much of a training step could be saved at all.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+Step = Callable[[], object]
+
+_PACKAGES = ("torch", "timm", "transformers", "peft", "triton", "deepspeed", "numpy")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one variant: median and spread over its turns."""
+
+    median: float
+    p20: float
+    p80: float
+    turns: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Timing:
+        """Summarise the turns of one variant."""
+        ordered = sorted(seconds)
+        last = len(ordered) - 1
+        p20, p80 = (ordered[round(share * last)] for share in (0.2, 0.8))
+        return cls(statistics.median(ordered), p20, p80, len(ordered))
+
+    def to_dict(self, per: int = 1) -> dict[str, float]:
+        """Return milliseconds, divided by `per` (a batch size, for milliseconds an image)."""
+        scale = 1000.0 / per
+        return {
+            "median_ms": self.median * scale,
+            "p20_ms": self.p20 * scale,
+            "p80_ms": self.p80 * scale,
+            "turns": self.turns,
+        }
+
+
+def interleave(
+    variants: Mapping[str, Step],
+    *,
+    device: torch.device | str = "cpu",
+    turns: int = 20,
+    warmup: int = 2,
+    budget: float = float("inf"),
+    on_turn: Callable[[int], None] | None = None,
+) -> dict[str, Timing]:
+    """Time variants in turns, A B C, B C A, C A B, ..., so that none always follows the same one.
+
+    Args:
+        variants: What to time, by name; each call is one step.
+        device: Where the steps run; a CUDA device is synchronised around each step.
+        turns: Turns of each variant.
+        warmup: Untimed calls of each variant before the first turn.
+        budget: Seconds after which no further round starts; at least three rounds are timed.
+        on_turn: Called after each round with the number of rounds done, for a progress bar.
+    """
+    device = torch.device(device)
+    for step in variants.values():
+        for _ in range(warmup):
+            step()
+    _synchronise(device)
+
+    names = list(variants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    started = time.perf_counter()
+    for turn in range(turns):
+        if turn >= 3 and time.perf_counter() - started > budget:
+            break
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            _synchronise(device)
+            begin = time.perf_counter()
+            variants[name]()
+            _synchronise(device)
+            seconds[name].append(time.perf_counter() - begin)
+        if on_turn is not None:
+            on_turn(turn + 1)
+    return {name: Timing.of(values) for name, values in seconds.items()}
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def floor(model: nn.Module, rows: int) -> Step:
+    """Return a step that runs only the unavoidable matrix products of a training step of a vision transformer.
+
+    These are, for every linear layer of the backbone's blocks, the forward product; the input-gradient product from the
+    first block with a trainable parameter on; and the weight-gradient product where the weight is trained. All token
+    rows count in all blocks: a step that skips rows nobody reads may run below this floor.
+
+    Args:
+        model: A timm vision transformer with `requires_grad` set as in training, plain or literal.
+        rows: Token rows of a batch, images times tokens of an image (prompts not counted).
+    """
+    products: list[tuple[torch.Tensor, bool, bool]] = []
+    gradient = any(p.requires_grad for name, p in model.named_parameters() if not name.startswith(("blocks.", "head")))
+    for block in model.blocks:
+        gradient = gradient or any(p.requires_grad for p in block.parameters())
+        for part in (block.attn, block.mlp):
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    weight = module.weight
+                    products.append((weight.detach(), gradient, weight.requires_grad))
+
+    buffers: dict[int, torch.Tensor] = {}
+    for weight, _, _ in products:
+        for width in weight.shape:
+            if width not in buffers:
+                buffers[width] = torch.randn(rows, width, dtype=weight.dtype, device=weight.device)
+
+    def step() -> None:
+        for weight, _, _ in products:
+            buffers[weight.shape[1]] @ weight.T
+        for weight, needs_input, needs_weight in reversed(products):
+            if needs_weight:
+                buffers[weight.shape[0]].T @ buffers[weight.shape[1]]
+            if needs_input:
+                buffers[weight.shape[0]] @ weight
+
+    return torch.no_grad()(step)
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, object]:
+    """Describe the machine, the versions, the command and the date of a run, for a result file."""
+    device = torch.device(device)
+    described: dict[str, object] = {
+        "device": device_name(device),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        "commit": _git("rev-parse", "HEAD"),
+        "command": " ".join(["python", *_command()]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        described["capability"] = f"{properties.major}.{properties.minor}"
+        described["device_memory_gib"] = round(properties.total_memory / 2**30, 1)
+        described["cuda"] = torch.version.cuda
+        described["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return described
+
+
+def device_name(device: torch.device | str) -> str:
+    """Return what the device calls itself."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _command() -> list[str]:
+    """Return the command line after `python`, with -m for a module of this repository."""
+    script = Path(sys.argv[0])
+    root = Path(__file__).resolve().parents[1]
+    if script.suffix == ".py" and script.resolve().is_relative_to(root):
+        parts = script.resolve().relative_to(root).with_suffix("").parts
+        return ["-m", ".".join(parts), *sys.argv[1:]]
+    return [script.name, *sys.argv[1:]]
+
+
+def _git(*arguments: str) -> str | None:
+    return _output("git", "-C", str(Path(__file__).parent), *arguments)
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None
