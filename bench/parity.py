@@ -83,15 +83,15 @@ def compare(
         training: Training or evaluation mode.
         patched: The fused model, if it was made otherwise than by `fastpeft.patch(model, method)`.
     """
-    fused = patched if patched is not None else build("fused", method, model.to(dtype))
+    fused = patched if patched is not None else build("fused", method, copy.deepcopy(model).to(dtype))
+    if dtype == torch.float64:
+        fused.double()  # a method's tensors start in float32
     randomise(fused)
     state = fused.state_dict()
     masks = engine_masks(fused)
     results = {"fused": _pass(fused.train(training), images.to(dtype), labels)}
     for name, kind in (("literal", dtype), ("reference", torch.float64)):
         twin = literal.apply(copy.deepcopy(model).to(kind), method, **masks)
-        if kind == torch.float64:
-            twin.double()
         twin.load_state_dict(state)
         results[name] = _pass(twin.train(training), images.to(dtype).to(kind), labels)
     tensors = zip(results["reference"], *(results[k].values() for k in ("fused", "literal", "reference")), strict=True)
@@ -110,7 +110,7 @@ def _pass(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]
 
 
 def _deviation(name: str, fused: Tensor, baseline: Tensor, reference: Tensor, dtype: torch.dtype) -> Deviation:
-    size = max(float(reference.norm()), torch.finfo(torch.float64).tiny)
+    size = float(reference.norm()) or 1.0  # absolute where the gradient is identically zero
     errors = [float((x - reference).norm()) / size for x in (fused, baseline)]
     bound = min(2 * errors[1] + _ROUNDINGS * torch.finfo(dtype).eps, _CAP[dtype])
     flat = int((fused - reference).abs().nan_to_num(torch.inf).argmax())

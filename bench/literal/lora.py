@@ -60,14 +60,8 @@ def project(
 def add(model: nn.Module, method: Any) -> None:
     """Give every block its low-rank terms as `blocks.i.lora.<role>.A` and `.B`."""
     for block in model.blocks:
-        width_in, width = block.attn.qkv.in_features, block.attn.qkv.out_features // 3
-        shapes = {"q": (width_in, width), "k": (width_in, width), "v": (width_in, width)}
-        linears = {
-            "qkv": block.attn.qkv,
-            "o": block.attn.proj,
-            "fc1": getattr(block.mlp, "fc1", None),
-            "fc2": block.mlp.fc2,
-        }
+        qkv = block.attn.qkv
+        linears = {"qkv": qkv, "o": block.attn.proj, "fc1": getattr(block.mlp, "fc1", None), "fc2": block.mlp.fc2}
+        shapes = {role: (qkv.in_features, qkv.out_features // 3) for role in "qkv"}
         shapes |= {role: (linear.in_features, linear.out_features) for role, linear in linears.items() if linear}
-        like = block.attn.qkv.weight
-        block.lora = nn.ModuleDict({role: LowRank(*shapes[role], method, like) for role in method.targets})
+        block.lora = nn.ModuleDict({role: LowRank(*shapes[role], method, qkv.weight) for role in method.targets})
