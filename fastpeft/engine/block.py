@@ -1,0 +1,233 @@
+"""The transformer block that runs: which rows are computed, which are shared, which are skipped.
+
+    x <- x + branch_attn(x),   x <- x + branch_ffn(x)          (pre-LayerNorm)
+
+Rows of a block's input, in this order: token rows, prompt rows carried from an earlier block, prompt rows that this
+block inserts. A prompt row whose output nobody reads is only a key and a value: it has no query, no output projection
+and no FFN, and if the batch shares it, it is normalised and projected once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.engine.description import BlockSpec, child
+from fastpeft.engine.extensions import Extension, KeyValues, LowRanks, Noise, Prompts
+from fastpeft.engine.hooks import any_hooks, call_under_hooks, draws
+from fastpeft.engine.linear import project
+from fastpeft.errors import MethodError
+from fastpeft.ops.lora_linear import LowRankTerm
+from fastpeft.ops.prompt_attention import prompt_attention
+
+if TYPE_CHECKING:
+    from fastpeft.engine.stack import HostState
+
+
+@dataclass
+class BlockState:
+    """What the engine keeps on a block.
+
+    Attributes:
+        spec: the block by roles.
+        extensions: names of the children that methods added, in the order of attachment.
+        carry_in: prompt rows behind the token rows of the input.
+        carry_out: prompt rows behind the token rows of the output.
+        host: the state of the transformer that the block belongs to.
+    """
+
+    spec: BlockSpec
+    host: HostState
+    extensions: tuple[str, ...] = ()
+    carry_in: int = 0
+    carry_out: int = 0
+
+
+def run_block(
+    block: nn.Module,
+    x: Tensor,
+    attn_mask: Tensor | None = None,
+    causal: bool = False,
+    rows: int | None = None,
+    noise: Noise | None = None,
+) -> Tensor:
+    """Run an adopted block.
+
+    Args:
+        block: the module; its `BlockState` says what it is.
+        x: (B, N + carry_in, d).
+        attn_mask: broadcastable to (B, H, N, N), boolean or additive.
+        causal: causal attention among the tokens.
+        rows: only the first so many output rows are read; None for all.
+        noise: where dropout masks come from; the host's present masks if None.
+
+    Returns:
+        (B, rows or N + carry_out, d). More rows than asked for where hooks want to see them.
+
+    Raises:
+        MethodError: a mask together with prompts that are carried through the block.
+    """
+    return _Run(block, noise)(x, attn_mask, causal, rows)
+
+
+class _Run:
+    """One forward of one block."""
+
+    def __init__(self, block: nn.Module, noise: Noise | None):
+        state: BlockState = block.fastpeft_block
+        self.block, self.state, self.spec = block, state, state.spec
+        self.noise = state.host.noise() if noise is None else noise
+        self.extensions: list[Extension] = [block._modules[name] for name in state.extensions]
+        self.low_ranks = [e for e in self.extensions if isinstance(e, LowRanks)]
+        self.adapters = [e for e in self.extensions if hasattr(e, "apply_to")]
+        self.hooked = any_hooks(block)
+
+    def __call__(self, x: Tensor, attn_mask: Tensor | None, causal: bool, rows: int | None) -> Tensor:
+        state = self.state
+        own = self._prompt_rows(x)
+        tokens = x.shape[1] - state.carry_in
+        if (attn_mask is not None or causal) and (state.carry_in or state.carry_out):
+            raise MethodError("prompts that are carried from block to block cannot be combined with an attention mask")
+        if self._literal():
+            # Somebody may look at every row, or a random mask depends on how the rows are grouped.
+            rows = None
+        if own is not None and self._joins(own):
+            x = torch.cat((x, own.expand(x.shape[0], -1, -1)), dim=1)
+            own = None
+        keep = tokens + state.carry_out if rows is None else min(rows, tokens)
+        out = x.shape[1] if self.hooked else keep
+        if attn_mask is not None and x.shape[1] > tokens:
+            attn_mask = _widen(attn_mask, tokens, x.shape[1] - tokens)
+        elif causal and (x.shape[1] > tokens or out < tokens):
+            attn_mask, causal = _causal(tokens, x.shape[1], x.device), False
+        if attn_mask is not None and attn_mask.shape[-2] > out:
+            attn_mask = attn_mask[..., :out, :]
+        h = self._inner("norm1", x)
+        p = None if own is None else self._inner("norm1", own)
+        branch = self._container(self.spec.attn, lambda h: self._attention(h, p, out, attn_mask, causal), h)
+        x = self._add("1", "attn", x[:, :out], branch, h[:, :out])
+        h = self._inner("norm2", x)
+        branch = self._container(self.spec.mlp, self._mlp, h)
+        x = self._add("2", "ffn", x, branch, h)
+        return x[:, :keep] if keep < out else x
+
+    def _prompt_rows(self, x: Tensor) -> Tensor | None:
+        """Rows that this block inserts: (p, d) if the batch shares them, else (B, p, d)."""
+        found = [e.rows(x.shape[0], x.dtype, self.noise) for e in self.extensions if isinstance(e, Prompts)]
+        if not found:
+            return None
+        if len(found) == 1:
+            return found[0]
+        if all(rows.dim() == 2 for rows in found):
+            return torch.cat(found)
+        return torch.cat([rows.expand(x.shape[0], -1, -1) for rows in found], dim=1)
+
+    def _literal(self) -> bool:
+        return self.hooked or draws(self.block)
+
+    def _joins(self, own: Tensor) -> bool:
+        """Whether inserted prompts must become ordinary rows of x."""
+        if self.hooked or self.state.carry_out > self.state.carry_in:
+            return True
+        # A mask of LoRA's dropout belongs to one row of one sample, so the batch cannot share a projected prompt.
+        return any(e.training and e.draws for e in self.low_ranks) or draws(self.block)
+
+    def _inner(self, role: str, x: Tensor) -> Tensor:
+        path = self.spec.inner.get(role)
+        return x if path is None else child(self.block, path)(x)
+
+    def _container(self, path: str, function, h: Tensor) -> Tensor:
+        return call_under_hooks(child(self.block, path), function, h) if self.hooked else function(h)
+
+    def _add(self, index: str, location: str, x: Tensor, branch: Tensor, normed: Tensor) -> Tensor:
+        branch = self._inner("scale" + index, branch)
+        for adapter in self.adapters:
+            branch = adapter.apply_to(location, branch, normed)
+        return x + self._inner("drop_path" + index, branch)
+
+    def _attention(self, h: Tensor, p: Tensor | None, out: int, mask: Tensor | None, causal: bool) -> Tensor:
+        """Queries of the first `out` rows of h; keys and values of h and of the prompt rows p."""
+        spec = self.spec
+        if out == h.shape[1]:
+            q, k, v = self._qkv(h, 0, 3)
+        else:
+            (q,), (k, v) = self._qkv(h[:, :out], 0, 1), self._qkv(h, 1, 3)
+        q = self._inner("q_norm", self._heads(q))
+        k, v = self._inner("k_norm", self._heads(k)), self._heads(v)
+        extra = [] if p is None else [self._prompt_keys_values(p)]
+        for extension in self.extensions:
+            if isinstance(extension, KeyValues):
+                extra.append(tuple(self._heads(rows.to(k.dtype)) for rows in extension.keys_values()))
+        pk, pv = _join(extra, h.shape[0])
+        drop = spec.inner.get("attn_drop")
+        drop = child(self.block, drop) if drop else None
+        y = prompt_attention(
+            q, k, v, pk, pv, mask, causal, spec.scale, drop.p if drop is not None and drop.training else 0.0
+        )
+        y = self._inner("attn_norm", y.transpose(1, 2).flatten(2))
+        return self._inner("proj_drop", self._linear("o", y))
+
+    def _prompt_keys_values(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = self._qkv(p, 1, 3)
+        return self._inner("k_norm", self._heads(k)), self._heads(v)
+
+    def _heads(self, rows: Tensor) -> Tensor:
+        """(..., n, d) -> (..., heads, n, head_dim), a view."""
+        return rows.unflatten(-1, (self.spec.num_heads, self.spec.head_dim)).transpose(-3, -2)
+
+    def _qkv(self, h: Tensor, first: int, last: int) -> list[Tensor]:
+        """The projections q, k, v from number `first` to before `last`."""
+        spec = self.spec
+        if spec.fused_qkv:
+            fused = spec.roles["qkv"]
+            splits = [spec.roles[role].out_features for role in "qkv"]
+            terms = self._terms("qkv", "q", "k", "v")
+            return project(child(self.block, fused.path), h, splits, terms, first, last)
+        return [self._linear(role, h) for role in "qkv"[first:last]]
+
+    def _linear(self, role: str, x: Tensor) -> Tensor:
+        projection = self.spec.roles[role]
+        layer = child(self.block, projection.path)
+        return project(layer, x, [projection.out_features], self._terms(role), 0, 1)[0]
+
+    def _terms(self, *roles: str) -> list[LowRankTerm]:
+        terms = []
+        for extension in self.low_ranks:
+            for role in roles:
+                place = self.spec.roles[role]
+                term = extension.term(role, place.start, place.stop, self.noise)
+                if term is not None:
+                    terms.append(term)
+        return terms
+
+    def _mlp(self, h: Tensor) -> Tensor:
+        if self.spec.opaque_mlp:
+            return child(self.block, self.spec.mlp).forward(h)
+        h = self._inner("drop1", self._inner("act", self._linear("fc1", h)))
+        return self._inner("drop2", self._linear("fc2", self._inner("mlp_norm", h)))
+
+
+def _join(pairs: list[tuple[Tensor, Tensor]], batch: int) -> tuple[Tensor | None, Tensor | None]:
+    if not pairs:
+        return None, None
+    if len(pairs) == 1:
+        return pairs[0]
+    if any(k.dim() == 4 for k, _ in pairs):
+        pairs = [(k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in pairs]
+    return torch.cat([k for k, _ in pairs], dim=-2), torch.cat([v for _, v in pairs], dim=-2)
+
+
+def _widen(mask: Tensor, tokens: int, prompts: int) -> Tensor:
+    """A (…, N, N) mask over tokens and prompt rows: everybody sees the prompts."""
+    seen = True if mask.dtype == torch.bool else 0.0
+    mask = mask.expand(*mask.shape[:-2], tokens, tokens)
+    return nn.functional.pad(mask, (0, prompts, 0, prompts), value=seen)
+
+
+def _causal(tokens: int, rows: int, device: torch.device) -> Tensor:
+    mask = torch.ones(rows, rows, dtype=torch.bool, device=device)
+    mask[:tokens, :tokens] = mask[:tokens, :tokens].tril()
+    return mask

@@ -1,0 +1,96 @@
+"""What the engine needs to know about a model: roles and module paths, no library's classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+ROLES = ("q", "k", "v", "o", "fc1", "fc2")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Where the weight of a role lies.
+
+    Attributes:
+        path: module path of the linear layer inside the block.
+        start: first output row of the weight that belongs to the role.
+        stop: one behind the last.
+        in_features: width of the input.
+    """
+
+    path: str
+    start: int
+    stop: int
+    in_features: int
+
+    @property
+    def out_features(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """A pre-LayerNorm transformer block by roles.
+
+        x = x + drop_path1(scale1(attn(norm1(x))))
+        x = x + drop_path2(scale2(mlp(norm2(x))))
+
+    Every path names a child module of the block. A role that the engine cannot reach (the linear layers inside a gated
+    MLP, say) is missing from `roles`; its container is then called as a module.
+
+    Attributes:
+        roles: role -> projection. Besides the six of `ROLES` there may be "qkv", the fused projection as a whole.
+        fused_qkv: q, k and v are slices of one linear layer, in this order.
+        inner: further modules the engine calls one by one, by role: "norm1", "norm2", "q_norm", "k_norm", "attn_drop",
+            "attn_norm", "proj_drop", "scale1", "scale2", "drop_path1", "drop_path2", "act", "drop1", "mlp_norm",
+            "drop2".
+        attn: path of the attention container.
+        mlp: path of the MLP container.
+    """
+
+    dim: int
+    num_heads: int
+    head_dim: int
+    scale: float
+    roles: dict[str, Projection]
+    fused_qkv: bool
+    inner: dict[str, str]
+    attn: str
+    mlp: str
+
+    @property
+    def opaque_mlp(self) -> bool:
+        return "fc1" not in self.roles
+
+
+@dataclass
+class HostSpec:
+    """A transformer that the engine can run, as a family file describes it.
+
+    Attributes:
+        family: name shown to the user.
+        blocks: (path inside the host, block spec), in order.
+        stem: names of the host's children and parameters that come before the blocks.
+        final: names of the children between the last block and the head.
+        heads: names of the linear output layers.
+        patch_area: pixels times channels of a patch, for the prompts' initial range.
+        left_alone: (path, reason) of what the engine will not run.
+    """
+
+    family: str
+    dim: int
+    blocks: list[tuple[str, BlockSpec]]
+    stem: tuple[str, ...]
+    final: tuple[str, ...]
+    heads: tuple[str, ...]
+    patch_area: int
+    left_alone: list[tuple[str, str]] = field(default_factory=list)
+
+
+def child(module: nn.Module, path: str) -> nn.Module:
+    """`module.get_submodule(path)` without its error checking, for paths known to exist."""
+    for name in path.split("."):
+        module = module._modules[name]
+    return module

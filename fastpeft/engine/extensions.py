@@ -1,0 +1,231 @@
+"""What a tuning method may add to a block.
+
+A method composes these; the engine runs them. Each is a child module of the block it acts on, named after the method,
+so that its tensors read `blocks.3.vpt.prompts` or `blocks.3.lora.q.A`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.engine.clock import DropoutClock
+from fastpeft.ops.dropout_mask import dropout_mask
+from fastpeft.ops.lora_linear import LowRankTerm
+
+_SITES_PER_BLOCK = 64
+
+
+class Noise(NamedTuple):
+    """The counter's state that one forward of a block draws from."""
+
+    clock: DropoutClock
+    step: Tensor
+
+    def mask(self, site: int, batch: int | None, size: int, p: float, dtype: torch.dtype) -> Tensor:
+        """Multipliers (batch, size), or (size,) for a mask that the batch shares (`batch=None`)."""
+        samples = None if batch is None else (self.clock.rank * batch, batch)
+        return dropout_mask(self.clock.seed, self.step, site, samples, size, p, dtype)
+
+
+class Extension(nn.Module):
+    """Base of everything that a method adds to a block.
+
+    Attributes:
+        site: number of the place, for dropout; set when the extension is attached.
+    """
+
+    site: int = 0
+
+    def place(self, block: int, position: int) -> None:
+        """Learn where in the model this extension stands."""
+        self.site = (block * _SITES_PER_BLOCK + position) * _SITES_PER_BLOCK
+
+    @property
+    def draws(self) -> bool:
+        """Whether its training forward needs random numbers."""
+        return False
+
+
+class Prompts(Extension):
+    """Learned hidden states that join the block's input rows.
+
+    Attributes:
+        prompts: (p, d), or (1, d) repeated p times.
+        length: p.
+        dropout: probability, drawn again at every insertion.
+        per_sample: every image has its own mask; otherwise the batch shares one.
+    """
+
+    def __init__(self, prompts: nn.Parameter, length: int, dropout: float = 0.0, per_sample: bool = True):
+        super().__init__()
+        self.prompts = prompts
+        self.length = length
+        self.dropout = dropout
+        self.per_sample = per_sample
+
+    @property
+    def draws(self) -> bool:
+        return self.dropout > 0
+
+    def rows(self, batch: int, dtype: torch.dtype, noise: Noise | None) -> Tensor:
+        """The rows to insert: (p, d) shared by the batch, or (batch, p, d)."""
+        rows = self.prompts.to(dtype).expand(self.length, -1)
+        if not (self.training and self.dropout > 0):
+            return rows
+        size, count = rows.numel(), batch if self.per_sample else None
+        mask = noise.mask(self.site, count, size, self.dropout, dtype)
+        return rows * mask.view(*mask.shape[:-1], *rows.shape)
+
+    def extra_repr(self) -> str:
+        return f"length={self.length}, dim={self.prompts.shape[-1]}, dropout={self.dropout}"
+
+
+class KeyValues(Extension):
+    """Learned keys and values that every query of the block sees."""
+
+    def keys_values(self) -> tuple[Tensor, Tensor]:
+        """(p, d) keys and (p, d) values; head h owns the columns h * head_dim to (h + 1) * head_dim."""
+        raise NotImplementedError(f"{type(self).__name__} must define keys_values()")
+
+
+class FixedKeyValues(KeyValues):
+    """Keys and values as plain tensors."""
+
+    def __init__(self, k: Tensor, v: Tensor):
+        super().__init__()
+        self.k = nn.Parameter(k)
+        self.v = nn.Parameter(v)
+
+    def keys_values(self) -> tuple[Tensor, Tensor]:
+        return self.k, self.v
+
+
+class LowRank(nn.Module):
+    """A pair of factors: y += scale * drop(x) A^T B^T.
+
+    Attributes:
+        A: (r, in).
+        B: (out, r).
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, scale: float, dropout: float = 0.0):
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(rank, in_features))
+        self.B = nn.Parameter(torch.zeros(out_features, rank))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.scale = scale
+        self.dropout = dropout
+
+    def extra_repr(self) -> str:
+        return f"rank={self.A.shape[0]}, scale={self.scale}, dropout={self.dropout}"
+
+
+class LowRanks(Extension):
+    """Low-rank terms by role; each role is a child module."""
+
+    def __init__(self, roles: dict[str, LowRank]):
+        super().__init__()
+        for role, pair in roles.items():
+            self.add_module(role, pair)
+
+    @property
+    def roles(self) -> dict[str, LowRank]:
+        return self._modules
+
+    @property
+    def draws(self) -> bool:
+        return any(pair.dropout > 0 for pair in self.roles.values())
+
+    def term(self, role: str, start: int, stop: int, noise: Noise | None) -> LowRankTerm | None:
+        """The role's term in output columns start to stop, or None if the role has none."""
+        pair = self.roles.get(role)
+        if pair is None:
+            return None
+        drop = self._drop(pair, role, noise) if self.training and pair.dropout > 0 else None
+        return LowRankTerm(pair.A, pair.B, pair.scale, start, stop, drop)
+
+    def _drop(self, pair: LowRank, role: str, noise: Noise) -> Callable[[Tensor], Tensor]:
+        site = self.site + 1 + list(self.roles).index(role)
+
+        def drop(x: Tensor) -> Tensor:
+            mask = noise.mask(site, x.shape[0], math.prod(x.shape[1:]), pair.dropout, x.dtype)
+            return x * mask.view(x.shape)
+
+        return drop
+
+
+class Bottleneck(nn.Module):
+    """down, activation, up: A(x) = act(x W_down^T + b_down) W_up^T + b_up.
+
+    Attributes:
+        down: Linear(dim, hidden).
+        up: Linear(hidden, dim); starts at zero, so that the adapter starts as the identity.
+        skip: add x to the result.
+        scale: factor of the up-projection's output.
+    """
+
+    def __init__(
+        self, dim: int, hidden: int, act: Callable[[Tensor], Tensor], bias: bool, skip: bool, scale: float = 1.0
+    ):
+        super().__init__()
+        self.down = nn.Linear(dim, hidden, bias=bias)
+        self.up = nn.Linear(hidden, dim, bias=bias)
+        self.act = act
+        self.skip = skip
+        self.scale = scale
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.up.weight)
+        if bias:
+            nn.init.zeros_(self.down.bias)
+            nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., dim)."""
+        h = self.act(_linear(self.down, x))
+        y = _linear(self.up, h)
+        if self.scale != 1.0:
+            y = y * self.scale
+        return x + y if self.skip else y
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A layer of fp32 master weights on an activation of lower precision."""
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return nn.functional.linear(x, layer.weight.to(x.dtype), bias)
+
+
+class Adapters(Extension):
+    """Adapters behind ("serial") or beside ("parallel") the sub-layers of a block.
+
+    Serial:   branch = A(scale(f(norm(x))))
+    Parallel: branch = scale(f(norm(x))) + A(norm(x))
+
+    `scale` is the model's LayerScale. Children are named by location: "attn", "ffn".
+    """
+
+    def __init__(self, mode: str, locations: dict[str, nn.Module]):
+        super().__init__()
+        self.mode = mode
+        for location, adapter in locations.items():
+            self.add_module(location, adapter)
+
+    def apply_to(self, location: str, branch: Tensor, normed: Tensor) -> Tensor:
+        """The residual branch at a location ("attn" or "ffn") with the adapter in it; shapes (B, n, d)."""
+        adapter = self._modules.get(location)
+        if adapter is None:
+            return branch
+        return adapter(branch) if self.mode == "serial" else branch + adapter(normed)
+
+
+class SingleAdapter(Bottleneck, Extension):
+    """One serial adapter behind the FFN whose tensors hang on the block without a location in their name."""
+
+    mode = "serial"
+
+    def apply_to(self, location: str, branch: Tensor, normed: Tensor) -> Tensor:
+        return self(branch) if location == "ffn" else branch

@@ -1,0 +1,14 @@
+"""A linear head with layers before it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastpeft.engine.adopt import Adopted
+
+
+class DeepHead(Adopted):
+    """Mixin of an adopted linear head; its child `mlp` holds the hidden layers, its own weight stays the output layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.mlp(x))

@@ -1,0 +1,109 @@
+"""Calling a linear layer that may be plain, slice by slice, adapted, hooked or somebody else's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from fastpeft.engine.hooks import has_hooks
+from fastpeft.ops.lora_linear import LowRankTerm, lora_linear
+
+# A reader takes a wrapped linear layer apart: (plain layer, terms beside it), or None where it cannot, and the layer is
+# then called as a module. Integrations register theirs by class; it is asked at every call, since adapters are switched.
+Reader = Callable[[nn.Module], "tuple[nn.Linear, list[LowRankTerm]] | None"]
+_readers: dict[type, tuple[Reader, Callable[[nn.Module], str]]] = {}
+
+
+def register_reader(kind: type, reader: Reader, explain: Callable[[nn.Module], str]) -> None:
+    """Teach the engine to look inside linear layers of exactly this class.
+
+    Args:
+        kind: the class.
+        reader: takes a layer apart.
+        explain: why the reader gave None for a layer, as a sentence without a full stop.
+    """
+    _readers[kind] = (reader, explain)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """An nn.Linear whose forward is nn.Linear's own and whom nobody listens to."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not has_hooks(module)
+
+
+def read(module: nn.Module) -> tuple[nn.Linear, list[LowRankTerm]] | None:
+    """The plain layer and the low-rank terms that the module consists of, or None for one that must be called."""
+    if is_plain(module):
+        return module, []
+    known = _readers.get(type(module))
+    if known is None or has_hooks(module):
+        return None
+    return known[0](module)
+
+
+def why_opaque(module: nn.Module) -> str | None:
+    """Why a layer is called as a module instead of being fused, or None if it is fused."""
+    if read(module) is not None:
+        return None
+    if has_hooks(module):
+        return "it carries hooks"
+    if type(module) in _readers:
+        return _readers[type(module)][1](module)
+    return f"a {type(module).__module__}.{type(module).__name__} is not a layer that fastpeft can look into"
+
+
+def project(
+    module: nn.Module, x: Tensor, splits: Sequence[int], terms: Sequence[LowRankTerm], first: int, last: int
+) -> list[Tensor]:
+    """Apply a range of the parts of a linear layer.
+
+    Args:
+        module: the layer, plain or wrapped.
+        x: (..., in).
+        splits: widths of all parts.
+        terms: the method's low-rank terms, in columns of the whole layer.
+        first: first part to compute.
+        last: one behind the last part to compute.
+
+    Returns:
+        The parts first..last, (..., width) each.
+    """
+    start, stop = sum(splits[:first]), sum(splits[:last])
+    found = read(module)
+    if found is None:
+        # A layer with a forward of its own gives all parts; what the method adds is added to them.
+        return _add_terms(module(x), x, splits, terms, first, last)
+    layer, own = found
+    terms = [*own, *terms]
+    weight, bias = layer.weight, layer.bias
+    if (first, last) != (0, len(splits)):
+        weight = weight[start:stop]
+        bias = None if bias is None else bias[start:stop]
+        terms = [cut for term in terms if (cut := _cut(term, start, stop)) is not None]
+    if bias is not None and bias.dtype != weight.dtype:
+        bias = bias.to(weight.dtype)
+    return lora_linear(x, weight, bias, terms, splits[first:last])
+
+
+def _cut(term: LowRankTerm, start: int, stop: int) -> LowRankTerm | None:
+    """The part of a term that lies in output columns start..stop, in columns counted from start."""
+    low, high = max(term.start, start), min(term.stop, stop)
+    if low >= high:
+        return None
+    rows = slice(low - term.start, high - term.start)
+    bias = None if term.bias is None else term.bias[rows]
+    return term._replace(b=term.b[rows], start=low - start, stop=high - start, bias=bias)
+
+
+def _add_terms(
+    y: Tensor, x: Tensor, splits: Sequence[int], terms: Sequence[LowRankTerm], first: int, last: int
+) -> list[Tensor]:
+    parts = list(y.split(list(splits), dim=-1))
+    for index in range(first, last):
+        start = sum(splits[:index])
+        for term in terms:
+            cut = _cut(term, start, start + splits[index])
+            if cut is not None:
+                h = nn.functional.linear(x if cut.dropout is None else cut.dropout(x), cut.a.to(x.dtype))
+                parts[index] = parts[index] + cut.scale * nn.functional.linear(h, cut.b.to(h.dtype))
+    return parts[first:last]

@@ -1,0 +1,165 @@
+"""Running a host's blocks one after another, and what can be computed once because nothing before it is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastpeft.engine.adopt import Adopted
+from fastpeft.engine.clock import DropoutClock
+from fastpeft.engine.description import HostSpec, child
+from fastpeft.engine.extensions import Extension, Noise
+
+
+@dataclass
+class HostState:
+    """What the engine keeps on a host.
+
+    Attributes:
+        spec: the host's description.
+        clock: counter of the dropout masks; None if no method draws.
+        backbone_eval: keep everything but the method and the head in evaluation mode while training.
+    """
+
+    spec: HostSpec
+    clock: DropoutClock | None = None
+    backbone_eval: bool = False
+
+    def noise(self) -> Noise | None:
+        """The masks of the forward that the clock stands at."""
+        return None if self.clock is None else Noise(self.clock, self.clock.step)
+
+
+class EngineHost(Adopted):
+    """Mixin of an adopted transformer. A family adds the forward, written with `run_blocks`."""
+
+    def train(self, mode: bool = True):
+        """As usual, except that a frozen backbone stays in evaluation mode (dropout and stochastic depth off)."""
+        super().train(mode)
+        state: HostState = self.fastpeft_host
+        if mode and state.backbone_eval:
+            for name, inner in self._modules.items():
+                if inner is not None and name not in state.spec.heads:
+                    _rest(inner)
+        return self
+
+
+def _rest(module: nn.Module) -> None:
+    """Evaluation mode for a backbone module; the methods' extensions in it go on training."""
+    if isinstance(module, Extension):
+        return
+    module.training = False
+    for inner in module._modules.values():
+        if inner is not None:
+            _rest(inner)
+
+
+def begin(host: nn.Module) -> Noise | None:
+    """Begin a forward of the host: in training, the next masks."""
+    clock = host.fastpeft_host.clock
+    if clock is None:
+        return None
+    return Noise(clock, clock.tick() if host.training else clock.step)
+
+
+def run_blocks(
+    host: nn.Module,
+    x: Tensor,
+    noise: Noise | None,
+    rows: int | None = None,
+    start: int = 0,
+    stop: int | None = None,
+    checkpointing: bool = False,
+) -> Tensor:
+    """Run the blocks start..stop of an adopted host.
+
+    Args:
+        host: the transformer.
+        x: (B, N + carried, d).
+        noise: what `begin` gave.
+        rows: how many rows of the last block's output anybody reads; None for all.
+        start: first block.
+        stop: one behind the last block; None for all.
+        checkpointing: keep only the blocks' inputs and run them again in the backward pass.
+
+    Returns:
+        (B, rows or N + carried, d).
+    """
+    paths = [path for path, _ in host.fastpeft_host.spec.blocks]
+    for index, path in enumerate(paths[start:stop], start):
+        block = child(host, path)
+        keep = rows if index == len(paths) - 1 else None
+        if checkpointing and torch.is_grad_enabled():
+            x = checkpoint(block, x, rows=keep, noise=noise, use_reentrant=False)
+        else:
+            x = block(x, rows=keep, noise=noise)
+    return x
+
+
+class FrozenPrefix(nn.Module):
+    """The part of a model that comes before its first trainable parameter: a constant per image.
+
+    Attributes:
+        decoder: module of features -> logits; its parameters are the model's own objects.
+        description: what the prefix covers, in words.
+    """
+
+    def __init__(self, host: nn.Module, start: int):
+        super().__init__()
+        self.decoder = _Decoder(host, start)
+        self.start = start
+        count = len(host.fastpeft_host.spec.blocks)
+        self.description = (
+            "the whole backbone" if start > count else "all blocks" if start == count else f"blocks 0..{start - 1}"
+        )
+        if start == 0:
+            self.description = "the embedding of the patches"
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Features of a batch: (B, ...) -> (B, N + carried, d), or (B, d) where the whole backbone is frozen."""
+        host = self.decoder.model
+        training = host.training
+        host.eval()
+        try:
+            return host.fastpeft_encode(images, self.start)
+        finally:
+            host.train(training)
+
+
+class _Decoder(nn.Module):
+    def __init__(self, host: nn.Module, start: int):
+        super().__init__()
+        self.model = host
+        self.start = start
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.model.fastpeft_decode(features, self.start)
+
+
+def frozen_depth(host: nn.Module) -> int | None:
+    """How many blocks lie before the first trainable parameter.
+
+    Returns:
+        None if the stem is trained or has active dropout; the number of blocks plus one if everything up to the head's
+        input is frozen.
+    """
+    spec: HostSpec = host.fastpeft_host.spec
+    named = dict(host.named_parameters())
+    if any(p.requires_grad for name, p in named.items() if name.split(".")[0] in spec.stem):
+        return None
+    state = host.fastpeft_host
+    if not state.backbone_eval and _random(host):
+        return None
+    for index, (path, _) in enumerate(spec.blocks):
+        if any(p.requires_grad for p in host.get_submodule(path).parameters()):
+            return index
+    final = any(p.requires_grad for name, p in named.items() if name.split(".")[0] in spec.final)
+    return len(spec.blocks) + (0 if final else 1)
+
+
+def _random(host: nn.Module) -> bool:
+    return any(getattr(m, "p", 0) or getattr(m, "drop_prob", 0) for m in host.modules())

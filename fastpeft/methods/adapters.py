@@ -1,0 +1,117 @@
+"""Bottleneck adapters: the VPT paper's, and the serial and parallel ones of the mPLUG study."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import nn
+
+from fastpeft.engine.extensions import Adapters, Bottleneck, SingleAdapter
+from fastpeft.engine.view import ModelView
+from fastpeft.methods.base import Method, check, is_count
+
+_LOCATIONS = ("attn", "ffn")
+
+
+@dataclass(frozen=True)
+class Adapter(Method):
+    """The adapter of the VPT paper: one bottleneck behind each FFN, before its residual is added.
+
+        u = FFN(LN(h)),   y = h + (u + Up(GELU(Down(u))))
+
+    Attributes:
+        reduction: the bottleneck has d // reduction units.
+        init: "normal": Down random, Up zero. "released": both zero, as in the paper's released code; the gradients of
+            both weights and of Down's bias then vanish identically and only Up's bias is ever trained.
+    """
+
+    name: ClassVar[str] = "adapter"
+    reduction: int = 8
+    init: str = "normal"
+
+    def __post_init__(self) -> None:
+        check(is_count(self.reduction), f"Adapter: reduction must be a positive integer, got {self.reduction!r}")
+        check(self.init in ("normal", "released"), f"Adapter: init must be 'normal' or 'released', got {self.init!r}")
+
+    def attach(self, model: ModelView) -> None:
+        check(
+            self.reduction <= model.dim, f"Adapter: reduction {self.reduction} leaves no unit at width {model.dim}"
+        )
+        for block in model.blocks:
+            adapter = SingleAdapter(block.dim, block.dim // self.reduction, F.gelu, bias=True, skip=True)
+            if self.init == "released":
+                nn.init.zeros_(adapter.down.weight)
+            block.attach(self.name, adapter)
+
+
+def _check_adapter(method: SerialAdapter | ParallelAdapter) -> None:
+    kind = type(method).__name__
+    object.__setattr__(method, "locations", tuple(method.locations))
+    check(is_count(method.hidden), f"{kind}: hidden must be a positive integer, got {method.hidden!r}")
+    check(
+        bool(method.locations) and set(method.locations) <= set(_LOCATIONS),
+        f"{kind}: locations must be among {', '.join(_LOCATIONS)}, got {method.locations!r}",
+    )
+
+
+@dataclass(frozen=True)
+class SerialAdapter(Method):
+    """Adapters behind attention and FFN, before the residual is added (Houlsby et al., 2019; the mPLUG study).
+
+        f = A(sublayer(x)),   A(x) = ReLU(x W_down) W_up + x
+
+    Attributes:
+        hidden: bottleneck width.
+        bias: biases in both layers; the study's equation has none.
+        locations: "attn", "ffn" or both.
+    """
+
+    name: ClassVar[str] = "serial_adapter"
+    hidden: int = 64
+    bias: bool = False
+    locations: tuple[str, ...] = _LOCATIONS
+
+    def __post_init__(self) -> None:
+        _check_adapter(self)
+
+    def attach(self, model: ModelView) -> None:
+        for block in model.blocks:
+            made = {at: Bottleneck(block.dim, self.hidden, F.relu, self.bias, skip=True) for at in self.locations}
+            block.attach(self.name, Adapters("serial", made))
+
+
+@dataclass(frozen=True)
+class ParallelAdapter(Method):
+    """Adapters beside attention and FFN (He et al., 2022; the mPLUG study).
+
+        f = sublayer(h) + scale * ReLU(h W_down) W_up  (+ h with skip)
+
+    h is the sub-layer's input: behind its LayerNorm in pre-norm models.
+
+    Attributes:
+        hidden: bottleneck width.
+        bias: biases in both layers.
+        skip: the adapter's own "+ x" that the study's equation writes. The model then does not start as the identity.
+        scale: factor of the adapter.
+        locations: "attn", "ffn" or both.
+    """
+
+    name: ClassVar[str] = "parallel_adapter"
+    hidden: int = 64
+    bias: bool = False
+    skip: bool = False
+    scale: float = 1.0
+    locations: tuple[str, ...] = _LOCATIONS
+
+    def __post_init__(self) -> None:
+        _check_adapter(self)
+
+    def attach(self, model: ModelView) -> None:
+        for block in model.blocks:
+            made = {
+                at: Bottleneck(block.dim, self.hidden, F.relu, self.bias, self.skip, self.scale)
+                for at in self.locations
+            }
+            block.attach(self.name, Adapters("parallel", made))

@@ -1,0 +1,115 @@
+"""Visual Prompt Tuning."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.engine.extensions import Prompts
+from fastpeft.engine.view import ModelView
+from fastpeft.errors import MethodError
+from fastpeft.methods.base import Method, check, is_count, is_probability
+
+_INITS = ("uniform", "normal", "zero")
+
+
+@dataclass(frozen=True)
+class VPT(Method):
+    """Visual Prompt Tuning (Jia et al., ECCV 2022).
+
+    Deep, block i = 1..N:      [x_i, _, E_i] = L_i([x_{i-1}, P_{i-1}, E_{i-1}])
+    Shallow:                   [x_1, Z_1, E_1] = L_1([x_0, P, E_0]),  [x_i, Z_i, E_i] = L_i([x_{i-1}, Z_{i-1}, E_{i-1}])
+
+    Prompts start uniform on [-v, v] with v = sqrt(6 / (3 s^2 + d)) for patches of s x s.
+
+    Attributes:
+        length: number of prompts p.
+        deep: new prompts in every block; otherwise only in the first, whose outputs are carried on.
+        dropout: on the prompts, at every insertion. None: 0.1 if deep, else 0.
+        dropout_mask: "sample" draws a mask for every image, as the paper does; "batch" one for all, and prompts are
+            then projected once a batch.
+        depth: (i, j), counted from 1: prompts enter blocks i..j only. The outputs of block j's prompts are carried on.
+        share: None, "intra" (one vector repeated within a block), "inter" (the same prompts in all blocks), "all".
+        init: "uniform" (the paper's), "normal" (std 0.02), "zero", or a tensor (p, d) or (blocks, p, d).
+    """
+
+    name: ClassVar[str] = "vpt"
+    length: int
+    deep: bool = True
+    dropout: float | None = None
+    dropout_mask: str = "sample"
+    depth: tuple[int, int] | None = None
+    share: str | None = None
+    init: str | Tensor = "uniform"
+
+    def __post_init__(self) -> None:
+        check(is_count(self.length), f"VPT: length must be a positive integer, got {self.length!r}")
+        check(
+            self.dropout is None or is_probability(self.dropout),
+            f"VPT: dropout must be in [0, 1) or None, got {self.dropout!r}",
+        )
+        check(
+            self.dropout_mask in ("sample", "batch"),
+            f"VPT: dropout_mask must be 'sample' or 'batch', got {self.dropout_mask!r}",
+        )
+        check(
+            self.share in (None, "intra", "inter", "all"),
+            f"VPT: share must be None, 'intra', 'inter' or 'all', got {self.share!r}",
+        )
+        check(
+            isinstance(self.init, Tensor) or self.init in _INITS,
+            f"VPT: init must be one of {', '.join(_INITS)} or a tensor, got {self.init!r}",
+        )
+        if self.depth is not None:
+            object.__setattr__(self, "depth", tuple(self.depth))
+            check(
+                len(self.depth) == 2 and is_count(self.depth[0]) and is_count(self.depth[1], self.depth[0]),
+                f"VPT: depth must be (i, j) with 1 <= i <= j, got {self.depth!r}",
+            )
+            check(self.deep, "VPT: depth is for deep prompts; deep=False already means depth (1, 1)")
+
+    @property
+    def drop(self) -> float:
+        """The dropout probability in force."""
+        return (0.1 if self.deep else 0.0) if self.dropout is None else float(self.dropout)
+
+    def blocks(self, count: int) -> range:
+        """Positions, from 0, of the blocks that prompts enter in a model of `count` blocks."""
+        first, last = (self.depth or (1, count)) if self.deep else (1, 1)
+        if last > count:
+            raise MethodError(f"VPT: depth {self.depth} reaches beyond the model's {count} blocks")
+        return range(first - 1, last)
+
+    def attach(self, model: ModelView) -> None:
+        where = self.blocks(len(model.blocks))
+        rows = 1 if self.share in ("intra", "all") else self.length
+        shared: nn.Parameter | None = None
+        for order, index in enumerate(where):
+            block = model.blocks[index]
+            prompts = shared
+            if prompts is None:
+                prompts = nn.Parameter(self._start(model, rows, order, len(where)))
+            if self.share in ("inter", "all"):
+                shared = prompts
+            block.attach(self.name, Prompts(prompts, self.length, self.drop, self.dropout_mask == "sample"))
+        model.carry(where[-1], len(model.blocks) - 1, self.length)
+
+    def _start(self, model: ModelView, rows: int, order: int, count: int) -> Tensor:
+        dim = model.dim
+        if isinstance(self.init, Tensor):
+            value = self.init[order] if self.init.dim() == 3 and len(self.init) == count else self.init
+            check(
+                tuple(value.shape) == (rows, dim),
+                f"VPT: init has shape {tuple(self.init.shape)}, expected ({rows}, {dim}) or ({count}, {rows}, {dim})",
+            )
+            return value.detach().clone().float()
+        if self.init == "zero":
+            return torch.zeros(rows, dim)
+        if self.init == "normal":
+            return torch.randn(rows, dim) * 0.02
+        bound = math.sqrt(6.0 / (model.patch_area + dim))
+        return torch.empty(rows, dim).uniform_(-bound, bound)

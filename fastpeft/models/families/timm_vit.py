@@ -1,0 +1,235 @@
+"""timm's VisionTransformer: ViT, DeiT (also distilled), DINOv2, CLIP and SigLIP towers."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.engine.adopt import Adopted, original_class
+from fastpeft.engine.block import run_block
+from fastpeft.engine.description import BlockSpec, HostSpec, Projection
+from fastpeft.engine.hooks import any_hooks, has_hooks
+from fastpeft.engine.stack import EngineHost, begin, run_blocks
+from fastpeft.errors import UnsupportedModelError
+from fastpeft.models.families import Family
+
+_STEM = ("cls_token", "dist_token", "reg_token", "pos_embed", "patch_embed", "pos_drop", "patch_drop", "norm_pre")
+_FINAL = ("norm", "attn_pool", "fc_norm", "head_drop")
+_HEADS = ("head", "head_dist")
+
+
+class TimmBlock(Adopted):
+    """A `timm` Block that the engine runs."""
+
+    def forward(self, x: Tensor, attn_mask=None, is_causal: bool = False, rows: int | None = None, noise=None):
+        state = self.fastpeft_block
+        if not state.extensions and not state.carry_in and any_hooks(self):
+            kwargs = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
+            return super().forward(x, **kwargs)
+        return run_block(self, x, attn_mask, is_causal, rows, noise)
+
+
+class TimmVisionTransformer(EngineHost):
+    """A `timm` VisionTransformer whose blocks the engine runs."""
+
+    def forward(self, x: Tensor, attn_mask=None, is_causal: bool = False):
+        noise = begin(self)
+        x = self._fastpeft_blocks(self._fastpeft_stem(x), noise, attn_mask, is_causal, self._fastpeft_rows())
+        return self.forward_head(self.norm(x))
+
+    def forward_features(self, x: Tensor, attn_mask=None, is_causal: bool = False):
+        noise = begin(self)
+        return self.norm(self._fastpeft_blocks(self._fastpeft_stem(x), noise, attn_mask, is_causal, None))
+
+    def forward_intermediates(self, x: Tensor, *args, **kwargs):
+        begin(self)
+        states = [block.fastpeft_block for block in self.blocks if isinstance(block, TimmBlock)]
+        if not any(state.carry_out for state in states):
+            return super().forward_intermediates(x, *args, **kwargs)
+        # Prompt rows travel beside the tokens here: whoever asks for intermediates gets token rows.
+        view = copy.copy(self)
+        view.__dict__ = {**self.__dict__, "_modules": {**self._modules, "blocks": _Separated(self.blocks)}}
+        return original_class(self).forward_intermediates(view, x, *args, **kwargs)
+
+    def _fastpeft_stem(self, x: Tensor) -> Tensor:
+        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+
+    def _fastpeft_blocks(self, x, noise, attn_mask, is_causal: bool, rows: int | None, start: int = 0) -> Tensor:
+        if attn_mask is not None or is_causal:
+            for block in self.blocks[start:]:
+                x = block(x, attn_mask=attn_mask, is_causal=is_causal, **_options(block, noise))
+            return x
+        if len(self.fastpeft_host.spec.blocks) == len(self.blocks):
+            return run_blocks(self, x, noise, rows, start, checkpointing=self.grad_checkpointing)
+        for block in self.blocks[start:]:
+            x = block(x, **_options(block, noise))
+        return x
+
+    def _fastpeft_rows(self) -> int | None:
+        """How many of the last block's rows the head reads: they come first."""
+        if self.global_pool != "token" or self.attn_pool is not None:
+            return None
+        if any(has_hooks(m) for m in (self.blocks, self.blocks[-1], self.norm, self.fc_norm)):
+            return None
+        return 2 if hasattr(self, "head_dist") else 1
+
+    def fastpeft_encode(self, images: Tensor, start: int) -> Tensor:
+        """What comes before block `start`; everything before the head's layer for start > number of blocks."""
+        x = self._fastpeft_stem(images)
+        noise = begin(self)
+        rows = self._fastpeft_rows() if start >= len(self.blocks) else None
+        x = run_blocks(self, x, noise, rows, stop=start)
+        return self.norm(x) if start > len(self.blocks) else x
+
+    def fastpeft_decode(self, features: Tensor, start: int) -> Tensor:
+        """The rest of the forward, from what `fastpeft_encode` gave."""
+        noise = begin(self)
+        if start > len(self.blocks):
+            return self.forward_head(features)
+        if start < len(self.blocks):
+            features = run_blocks(
+                self, features, noise, self._fastpeft_rows(), start, checkpointing=self.grad_checkpointing
+            )
+        return self.forward_head(self.norm(features))
+
+
+def _options(block: nn.Module, noise) -> dict:
+    return {"noise": noise} if isinstance(block, TimmBlock) else {}
+
+
+class _Separated:
+    """A host's blocks, each taking and giving token rows; the carried prompts wait here, for one forward."""
+
+    def __init__(self, blocks, carried: dict | None = None):
+        self.blocks = blocks
+        self.carried = {} if carried is None else carried
+
+    def __iter__(self):
+        return (_Step(index, block, self.carried) for index, block in enumerate(self.blocks))
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: slice) -> _Separated:
+        return _Separated(self.blocks[index], self.carried)
+
+
+class _Step:
+    def __init__(self, index: int, block: nn.Module, carried: dict):
+        self.index, self.block, self.carried = index, block, carried
+
+    def __call__(self, x: Tensor, **kwargs) -> Tensor:
+        if self.block.fastpeft_block.carry_in:
+            x = torch.cat((x, self.carried[self.index]), dim=1)
+        x = self.block(x, **kwargs)
+        out = self.block.fastpeft_block.carry_out
+        if out:
+            x, self.carried[self.index + 1] = x[:, :-out], x[:, -out:]
+        return x
+
+
+class TimmVitFamily(Family):
+    """Recognition of `timm.models.vision_transformer.VisionTransformer` and of what derives from it unchanged."""
+
+    requires = "timm.models.vision_transformer"
+    host = TimmVisionTransformer
+    block = TimmBlock
+
+    def matches(self, module: nn.Module) -> bool:
+        from timm.models.vision_transformer import VisionTransformer
+
+        return isinstance(module, VisionTransformer)
+
+    def describe(self, module: nn.Module) -> HostSpec:
+        from timm.models.vision_transformer import VisionTransformer
+
+        for name in ("forward", "forward_features", "forward_intermediates"):
+            if getattr(type(module), name) is not getattr(VisionTransformer, name):
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} has a {name} of its own; the engine runs timm's VisionTransformer"
+                )
+        if len(module.blocks) == 0:
+            raise UnsupportedModelError(f"{type(module).__name__} has no blocks")
+        spec = HostSpec(
+            family="timm VisionTransformer",
+            dim=module.embed_dim,
+            blocks=[],
+            stem=_STEM,
+            final=tuple(name for name in _FINAL if isinstance(getattr(module, name, None), nn.Module)),
+            heads=tuple(name for name in _HEADS if isinstance(getattr(module, name, None), nn.Module)),
+            patch_area=_patch_area(module),
+        )
+        for index, block in enumerate(module.blocks):
+            path = f"blocks.{index}"
+            reason = _unsupported(block)
+            if reason:
+                spec.left_alone.append((path, reason))
+            else:
+                spec.blocks.append((path, _describe_block(block)))
+        return spec
+
+
+def _patch_area(module: nn.Module) -> int:
+    height, width = module.patch_embed.patch_size
+    return module.in_chans * height * width
+
+
+def _unsupported(block: nn.Module) -> str | None:
+    """Why the engine cannot run a block, or None."""
+    from timm.layers import Attention
+    from timm.models.vision_transformer import Block
+
+    if type(block) is not Block:
+        return f"a {type(block).__name__} is not timm's pre-norm Block"
+    if type(block.attn) is not Attention:
+        return f"its attention is a {type(block.attn).__name__}, not timm's Attention"
+    if block.attn.gate is not None:
+        return "its attention output is gated"
+    return None
+
+
+def _describe_block(block: nn.Module) -> BlockSpec:
+    from timm.layers import Mlp
+
+    attn = block.attn
+    width, dim = attn.attn_dim, attn.qkv.in_features
+    roles = {
+        "qkv": Projection("attn.qkv", 0, 3 * width, dim),
+        "q": Projection("attn.qkv", 0, width, dim),
+        "k": Projection("attn.qkv", width, 2 * width, dim),
+        "v": Projection("attn.qkv", 2 * width, 3 * width, dim),
+        "o": Projection("attn.proj", 0, attn.proj.out_features, width),
+    }
+    inner = {
+        "norm1": "norm1",
+        "norm2": "norm2",
+        "q_norm": "attn.q_norm",
+        "k_norm": "attn.k_norm",
+        "attn_drop": "attn.attn_drop",
+        "attn_norm": "attn.norm",
+        "proj_drop": "attn.proj_drop",
+        "scale1": "ls1",
+        "scale2": "ls2",
+        "drop_path1": "drop_path1",
+        "drop_path2": "drop_path2",
+    }
+    if type(block.mlp) is Mlp and hasattr(block.mlp.fc1, "in_features"):
+        roles["fc1"] = Projection("mlp.fc1", 0, block.mlp.fc1.out_features, dim)
+        roles["fc2"] = Projection("mlp.fc2", 0, dim, block.mlp.fc2.in_features)
+        inner |= {"act": "mlp.act", "drop1": "mlp.drop1", "mlp_norm": "mlp.norm", "drop2": "mlp.drop2"}
+    return BlockSpec(
+        dim=dim,
+        num_heads=attn.num_heads,
+        head_dim=attn.head_dim,
+        scale=attn.scale,
+        roles=roles,
+        fused_qkv=True,
+        inner=inner,
+        attn="attn",
+        mlp="mlp",
+    )
+
+
+FAMILY = TimmVitFamily()

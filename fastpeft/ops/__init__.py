@@ -1,0 +1,1 @@
+"""Operators, each with its reference in plain PyTorch."""

@@ -1,0 +1,71 @@
+"""Dropout masks as a pure function of counters.
+
+    keep[s, i] = hash(seed, step, site, sample s, element i) >= p * 2^32
+    mask[s, i] = keep[s, i] / (1 - p)
+
+Nothing is stored: a recomputed block, a resumed run and another device draw the same mask.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
+_WORD = 0xFFFFFFFF
+
+
+def _mix64(z: Tensor) -> Tensor:
+    """splitmix64's finaliser on int64, where `>>` would otherwise drag the sign along."""
+    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * _MIX[0]
+    z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * _MIX[1]
+    return z ^ ((z >> 31) & ((1 << 33) - 1))
+
+
+def _word(z: Tensor) -> Tensor:
+    """The lower 32 bits of an int64 as int32."""
+    z = z & _WORD
+    return torch.where(z > 0x7FFFFFFF, z - (1 << 32), z).to(torch.int32)
+
+
+@torch.no_grad()
+def dropout_mask(
+    seed: Tensor, step: Tensor, site: int, samples: tuple[int, int] | None, size: int, p: float, dtype: torch.dtype
+) -> Tensor:
+    """Multipliers of dropout with probability p.
+
+    Args:
+        seed: int64 scalar.
+        step: int64 scalar.
+        site: number of the place in the model that draws (layer and role).
+        samples: (first, count) of the samples' positions in the global batch; None for one mask that all share.
+        size: elements a sample.
+        p: probability of zero, 0 <= p < 1.
+        dtype: of the result.
+
+    Returns:
+        (count, size), or (size,) if all samples share it; every element is 0 or 1 / (1 - p).
+
+    Raises:
+        ValueError: p is outside of [0, 1).
+    """
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout probability must be in [0, 1), got {p}")
+    device = step.device
+    key = _mix64(_mix64(seed.to(device) + _GOLDEN) + step * _GOLDEN + site)
+    columns = _word(_mix64(key + torch.arange(size, device=device, dtype=torch.int64) * _GOLDEN))
+    if samples is None:
+        z = columns.clone()
+    else:
+        first, count = samples
+        rows = torch.arange(first, first + count, device=device, dtype=torch.int64)
+        rows = _word(_mix64((key ^ _MIX[0]) + rows * _GOLDEN))
+        z = rows[:, None] ^ columns[None, :]
+    # Two rounds of a 32-bit finaliser on words that are already well mixed each; in place, the mask may be large.
+    z.mul_(0x7FEB352D)
+    z.bitwise_xor_((z >> 15) & 0x1FFFF)
+    z.mul_(0x846CA68B - (1 << 32))
+    z.bitwise_xor_((z >> 16) & 0xFFFF)
+    threshold = round(p * (1 << 32)) - (1 << 31)
+    return (z >= threshold).to(dtype).mul_(1.0 / (1.0 - p))

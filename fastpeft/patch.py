@@ -1,0 +1,247 @@
+"""`patch` and `unpatch`: give a model's blocks to the engine, and take them back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from fastpeft.engine.adopt import adopt, release
+from fastpeft.engine.block import BlockState
+from fastpeft.engine.clock import DropoutClock
+from fastpeft.engine.head import DeepHead
+from fastpeft.engine.stack import EngineHost, HostState
+from fastpeft.engine.view import ModelView
+from fastpeft.errors import FastPEFTError, MethodError, UnsupportedModelError
+from fastpeft.methods.base import Method
+from fastpeft.models.families import find_hosts
+from fastpeft.models.wrappers import register_all
+from fastpeft.parameters import hosts, view_of
+
+BACKENDS = ("auto", "reference")
+
+
+@dataclass
+class PatchRecord:
+    """What `patch` did to a model, kept on the model.
+
+    Attributes:
+        method: the tuning method, None for a plain patch.
+        train_head: whether the head is trained with it.
+        backend: as asked for.
+        left_alone: (path, reason) of what the engine does not run.
+        required_grad: names of the parameters that were trainable before.
+        merged: measured error by projection, if `merge` has folded the method.
+    """
+
+    method: Method | None = None
+    train_head: bool = True
+    backend: str = "auto"
+    left_alone: list[tuple[str, str]] = field(default_factory=list)
+    required_grad: set[str] = field(default_factory=set)
+    merged: dict[str, float] | None = None
+
+
+def record_of(model: nn.Module) -> PatchRecord | None:
+    """The model's record, or None if `patch` never saw it."""
+    return model.__dict__.get("fastpeft_record")
+
+
+def patch(
+    model: nn.Module,
+    method: Method | None = None,
+    *,
+    train_head: bool = True,
+    strict: bool = True,
+    backend: str = "auto",
+) -> nn.Module:
+    """Let the engine run a model's transformer blocks, in place.
+
+    Without a method nothing changes but speed and memory: same function, parameters, `state_dict()` keys and
+    `requires_grad`. With a method the backbone is frozen, the method's tensors are added, and the head that is there is
+    trained as it is.
+
+    Args:
+        model: a transformer of a known family, or a module that holds some (a Hugging Face PeftModel, say).
+        method: the tuning method, or a sum of them.
+        train_head: train the head; only with a method.
+        strict: what the engine cannot run is an error; otherwise it is left as it is and listed by `summary`.
+        backend: "auto" or "reference" (plain PyTorch).
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: with `strict`, naming the model or the layers that the engine cannot run.
+        MethodError: the method does not fit the model, or the model carries another method already.
+    """
+    if backend not in BACKENDS:
+        raise FastPEFTError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if method is not None and not isinstance(method, Method):
+        raise MethodError(f"method must be a fastpeft method such as fastpeft.VPT(length=50), got {method!r}")
+    register_all()
+    record = record_of(model)
+    if record is None:
+        record = _adopt_hosts(model, strict, backend)
+    if method is not None:
+        _add_method(model, record, method, train_head)
+    return model
+
+
+def _adopt_hosts(model: nn.Module, strict: bool, backend: str) -> PatchRecord:
+    found = find_hosts(model)
+    record = PatchRecord(backend=backend, required_grad={n for n, p in model.named_parameters() if p.requires_grad})
+    described = []
+    for path, host, family in found:
+        if isinstance(host, EngineHost):
+            raise FastPEFTError(f"{path or 'the model'} was patched before, on its own; call patch on that module")
+        try:
+            spec = family.describe(host)
+        except UnsupportedModelError as error:
+            record.left_alone.append((path, str(error)))
+            continue
+        prefix = f"{path}." if path else ""
+        record.left_alone += [(prefix + block, reason) for block, reason in spec.left_alone]
+        described.append((host, family, spec))
+    if not found:
+        record.left_alone.append(
+            ("", f"no transformer that fastpeft knows in {type(model).__name__}; it knows timm's VisionTransformer")
+        )
+    if strict and record.left_alone:
+        listed = "; ".join(f"{path or type(model).__name__}: {reason}" for path, reason in record.left_alone)
+        raise UnsupportedModelError(f"cannot run {listed}. With strict=False it is left as it is and listed")
+    for host, family, spec in described:
+        state = HostState(spec)
+        for path, block_spec in spec.blocks:
+            block = host.get_submodule(path)
+            block.fastpeft_block = BlockState(block_spec, state)
+            adopt(block, family.block)
+        host.fastpeft_host = state
+        adopt(host, family.host)
+    model.fastpeft_record = record
+    return record
+
+
+def _add_method(model: nn.Module, record: PatchRecord, method: Method, train_head: bool) -> None:
+    if record.merged is not None:
+        raise MethodError("the model's method was merged; unpatch it, or start from a fresh model")
+    if record.method is not None:
+        if record.method.to_dict() == method.to_dict() and record.train_head == train_head:
+            return
+        raise MethodError(
+            f"the model already carries {_name(record.method)}; to train several methods together patch a plain model "
+            f"with their sum, such as {_name(record.method)} + {_name(method)}"
+        )
+    targets = list(hosts(model))
+    if len(targets) != 1:
+        raise MethodError(
+            f"a method goes to one transformer, but the model has {len(targets)}"
+            + (f" ({', '.join(path or 'itself' for path, _ in targets)}); patch the one you mean" if targets else "")
+        )
+    _, host = targets[0]
+    state: HostState = host.fastpeft_host
+    if state.spec.left_alone:
+        path, reason = state.spec.left_alone[0]
+        raise MethodError(f"{_name(method)} needs every block, but {path} is left alone: {reason}")
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    view = view_of(host)
+    try:
+        model.requires_grad_(False)
+        for head in view.heads() if train_head else ():
+            head.requires_grad_(True)
+        method.attach(view)
+        view.settle()
+    except BaseException:
+        _strip(host)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before[name])
+        raise
+    state.backbone_eval = not all(part.backbone_dropout for part in method.parts())
+    if any(block.module._modules[name].draws for block in view.blocks for name in _extensions(block.module)):
+        state.clock = DropoutClock(int(torch.randint(1 << 62, ())))
+        host.add_module("fastpeft_clock", state.clock.to(next(host.parameters()).device))
+    record.method, record.train_head = method, train_head
+    model.train(model.training)
+
+
+def _name(method: Method) -> str:
+    return " + ".join(type(part).__name__ for part in method.parts())
+
+
+def _extensions(block: nn.Module) -> tuple[str, ...]:
+    return block.fastpeft_block.extensions
+
+
+def _strip(host: nn.Module) -> None:
+    """Remove everything that methods added to a host."""
+    view = ModelView(host, host.fastpeft_host.spec)
+    for block in view.blocks:
+        for name in _extensions(block.module):
+            delattr(block.module, name)
+        state = block.module.fastpeft_block
+        state.extensions, state.carry_in, state.carry_out = (), 0, 0
+    for head in view.heads():
+        if isinstance(head, DeepHead):
+            release(head)
+            del head.mlp
+    host._modules.pop("fastpeft_clock", None)
+    host.fastpeft_host.clock = None
+    host.fastpeft_host.backbone_eval = False
+
+
+def unpatch(model: nn.Module, discard: bool = False) -> nn.Module:
+    """Give a model its own classes back, in place.
+
+    Args:
+        model: a patched model; one that is not patched is returned as it is.
+        discard: drop the method's tensors if it has not been merged.
+
+    Returns:
+        The same model, with `requires_grad` as it was before `patch`.
+
+    Raises:
+        MethodError: the method's tensors would be lost.
+    """
+    record = record_of(model) or PatchRecord(required_grad={n for n, p in model.named_parameters() if p.requires_grad})
+    extras = sorted({name for _, host in hosts(model) for b in view_of(host).blocks for name in _extensions(b.module)})
+    extras += ["mlp_head"] if any(isinstance(m, DeepHead) for m in model.modules()) else []
+    if extras and not discard:
+        raise MethodError(
+            f"unpatching would lose {', '.join(extras)}: fold it with fastpeft.merge, keep it with fastpeft.save, "
+            "or pass discard=True"
+        )
+    for _, host in list(hosts(model)):
+        _strip(host)
+        for path, _ in host.fastpeft_host.spec.blocks:
+            block = host.get_submodule(path)
+            release(block)
+            del block.fastpeft_block
+        release(host)
+        del host.fastpeft_host
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in record.required_grad)
+    model.__dict__.pop("fastpeft_record", None)
+    model.train(model.training)
+    return model
+
+
+def refresh(model: nn.Module) -> nn.Module:
+    """Read the structure of a patched model again, after parts of it were replaced or its weights edited by hand.
+
+    Nothing that depends on a weight is kept between forwards, so edited values need no refresh; replaced modules do.
+
+    Raises:
+        UnsupportedModelError: the model is no longer one that the engine can run.
+    """
+    known = {path: family for path, _, family in find_hosts(model)}
+    for prefix, host in hosts(model):
+        spec = known[prefix[:-1] if prefix else ""].describe_adopted(host)
+        if [path for path, _ in spec.blocks] != [path for path, _ in host.fastpeft_host.spec.blocks]:
+            raise UnsupportedModelError(
+                f"{prefix or 'the model'} has other blocks than when it was patched; unpatch it and patch it again"
+            )
+        host.fastpeft_host.spec = spec
+        for path, block_spec in spec.blocks:
+            host.get_submodule(path).fastpeft_block.spec = block_spec
+    return model
