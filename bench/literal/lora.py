@@ -62,6 +62,6 @@ def add(model: nn.Module, method: Any) -> None:
     for block in model.blocks:
         qkv = block.attn.qkv
         linears = {"qkv": qkv, "o": block.attn.proj, "fc1": getattr(block.mlp, "fc1", None), "fc2": block.mlp.fc2}
-        shapes = {role: (qkv.in_features, qkv.out_features // 3) for role in "qkv"}
+        shapes = dict.fromkeys("qkv", (qkv.in_features, qkv.out_features // 3))
         shapes |= {role: (linear.in_features, linear.out_features) for role, linear in linears.items() if linear}
         block.lora = nn.ModuleDict({role: LowRank(*shapes[role], method, qkv.weight) for role in method.targets})
