@@ -236,7 +236,7 @@ def refresh(model: nn.Module) -> nn.Module:
     """
     known = {path: family for path, _, family in find_hosts(model)}
     for prefix, host in hosts(model):
-        spec = known[prefix[:-1] if prefix else ""].describe_adopted(host)
+        spec = known[prefix[:-1] if prefix else ""].describe(host)
         if [path for path, _ in spec.blocks] != [path for path, _ in host.fastpeft_host.spec.blocks]:
             raise UnsupportedModelError(
                 f"{prefix or 'the model'} has other blocks than when it was patched; unpatch it and patch it again"

@@ -70,10 +70,10 @@ def run_block(
     Raises:
         MethodError: a mask together with prompts that are carried through the block.
     """
-    return _Run(block, noise)(x, attn_mask, causal, rows)
+    return BlockRun(block, noise)(x, attn_mask, causal, rows)
 
 
-class _Run:
+class BlockRun:
     """One forward of one block."""
 
     def __init__(self, block: nn.Module, noise: Noise | None):
@@ -169,6 +169,10 @@ class _Run:
         )
         y = self._inner("attn_norm", y.transpose(1, 2).flatten(2))
         return self._inner("proj_drop", self._linear("o", y))
+
+    def prompt_keys_values(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (..., H, p, D) of inserted prompt rows (..., p, d)."""
+        return self._prompt_keys_values(self._inner("norm1", rows))
 
     def _prompt_keys_values(self, p: Tensor) -> tuple[Tensor, Tensor]:
         k, v = self._qkv(p, 1, 3)

@@ -36,9 +36,7 @@ class Adapter(Method):
         check(self.init in ("normal", "released"), f"Adapter: init must be 'normal' or 'released', got {self.init!r}")
 
     def attach(self, model: ModelView) -> None:
-        check(
-            self.reduction <= model.dim, f"Adapter: reduction {self.reduction} leaves no unit at width {model.dim}"
-        )
+        check(self.reduction <= model.dim, f"Adapter: reduction {self.reduction} leaves no unit at width {model.dim}")
         for block in model.blocks:
             adapter = SingleAdapter(block.dim, block.dim // self.reduction, F.gelu, bias=True, skip=True)
             if self.init == "released":

@@ -109,7 +109,9 @@ def from_dict(data: dict[str, Any] | list[dict[str, Any]]) -> Method:
     values = dict(data)
     name = values.pop("name")
     if name not in REGISTRY:
-        raise MethodError(f"unknown method {name!r}{_nearest(str(name), REGISTRY)}; known: {', '.join(sorted(REGISTRY))}")
+        raise MethodError(
+            f"unknown method {name!r}{_nearest(str(name), REGISTRY)}; known: {', '.join(sorted(REGISTRY))}"
+        )
     cls = REGISTRY[name]
     known = {f.name for f in dataclasses.fields(cls)}
     for key in values:

@@ -146,7 +146,7 @@ class TimmVitFamily(Family):
         from timm.models.vision_transformer import VisionTransformer
 
         for name in ("forward", "forward_features", "forward_intermediates"):
-            if getattr(type(module), name) is not getattr(VisionTransformer, name):
+            if getattr(original_class(module), name) is not getattr(VisionTransformer, name):
                 raise UnsupportedModelError(
                     f"{type(module).__name__} has a {name} of its own; the engine runs timm's VisionTransformer"
                 )
@@ -181,8 +181,8 @@ def _unsupported(block: nn.Module) -> str | None:
     from timm.layers import Attention
     from timm.models.vision_transformer import Block
 
-    if type(block) is not Block:
-        return f"a {type(block).__name__} is not timm's pre-norm Block"
+    if original_class(block) is not Block:
+        return f"a {original_class(block).__name__} is not timm's pre-norm Block"
     if type(block.attn) is not Attention:
         return f"its attention is a {type(block.attn).__name__}, not timm's Attention"
     if block.attn.gate is not None:

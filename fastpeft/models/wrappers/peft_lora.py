@@ -45,8 +45,6 @@ def read(layer: nn.Module) -> tuple[nn.Linear, list[LowRankTerm]] | None:
             return None
         idle = isinstance(dropout, nn.Identity) or not (dropout.training and dropout.p > 0)
         terms.append(
-            LowRankTerm(
-                a.weight, b.weight, layer.scaling[name], 0, b.out_features, None if idle else dropout, b.bias
-            )
+            LowRankTerm(a.weight, b.weight, layer.scaling[name], 0, b.out_features, None if idle else dropout, b.bias)
         )
     return layer.base_layer, terms

@@ -1,0 +1,53 @@
+"""Things a caller may ask of a patched model besides its outputs: dropout counters and the frozen prefix."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fastpeft.engine.stack import EngineHost, FrozenPrefix, frozen_depth
+from fastpeft.parameters import hosts
+
+
+def get_rng_state(model: nn.Module) -> dict[str, int]:
+    """The dropout counter: {"seed", "step"}, or an empty dict if no method of the model draws."""
+    for _, host in hosts(model):
+        clock = host.fastpeft_host.clock
+        if clock is not None:
+            return {"seed": int(clock.seed), "step": int(clock.step)}
+    return {}
+
+
+def set_rng_state(model: nn.Module, seed: int | None = None, step: int | None = None, rank: int | None = None) -> None:
+    """Set the dropout counter; what is None stays.
+
+    Args:
+        model: a patched model; one without dropout is left as it is.
+        seed: of the masks, equal on all ranks.
+        step: number of training forwards begun.
+        rank: position in the data-parallel group, so that ranks draw different masks.
+    """
+    for _, host in hosts(model):
+        clock = host.fastpeft_host.clock
+        if clock is None:
+            continue
+        if seed is not None:
+            clock.seed.fill_(seed)
+        if step is not None:
+            clock.step.fill_(step)
+        if rank is not None:
+            clock.rank = rank
+
+
+def frozen_prefix(model: nn.Module) -> FrozenPrefix | None:
+    """The part of a model that comes before its first trainable parameter.
+
+    Its output is a constant per image, so it can be computed once a dataset.
+
+    Returns:
+        None if there is no such part: the stem is trained or drops out, or the model is not itself a patched
+        transformer whose every block the engine runs.
+    """
+    if not isinstance(model, EngineHost) or model.fastpeft_host.spec.left_alone:
+        return None
+    start = frozen_depth(model)
+    return None if start is None else FrozenPrefix(model, start)

@@ -1,0 +1,103 @@
+"""`summary`: what is fused, what is not and why, what is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from fastpeft.engine.description import child
+from fastpeft.engine.hooks import any_hooks
+from fastpeft.engine.linear import why_opaque
+from fastpeft.parameters import hosts, owners, view_of
+from fastpeft.patch import record_of
+
+OPERATORS = ("prompt_attention", "lora_linear", "adapter", "dropout_mask")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What fastpeft does with a model.
+
+    Attributes:
+        method: the method as it is written in code, or "none".
+        fused: (path, what) of the blocks that the engine runs.
+        left_alone: (path, reason) of what it does not run, or runs by the reference path only.
+        backends: operator -> backend in use.
+        trainable: number of trained parameters.
+        head: how many of them are the head's.
+        backbone: number of parameters of the backbone.
+        share: trainable / backbone, as the VPT paper counts.
+        bytes: of all parameters and buffers, and of what the engine keeps besides ("packed").
+        merged: relative error of each folded projection, None before `merge`.
+    """
+
+    method: str
+    fused: list[tuple[str, str]]
+    left_alone: list[tuple[str, str]]
+    backends: dict[str, str]
+    trainable: int
+    head: int
+    backbone: int
+    share: float
+    bytes: dict[str, int]
+    merged: dict[str, float] | None = field(default=None)
+
+    def __str__(self) -> str:
+        lines = [
+            f"method      {self.method}",
+            f"trained     {self.trainable:,} parameters ({self.share:.3%} of the backbone's {self.backbone:,}), "
+            f"{self.head:,} of them in the head",
+            f"fused       {len(self.fused)} blocks" + (f": {self.fused[0][1]}" if self.fused else ""),
+            "backends    " + ", ".join(f"{name}: {backend}" for name, backend in self.backends.items()),
+            f"bytes       {self.bytes['model']:,} in the model, {self.bytes['packed']:,} packed beside it",
+        ]
+        if self.merged:
+            lines.append(f"merged      {len(self.merged)} projections, error up to {max(self.merged.values()):.2g}")
+        lines += [f"left alone  {path or 'the model'}: {reason}" for path, reason in self.left_alone]
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module) -> Summary:
+    """Describe a model as it is now.
+
+    Args:
+        model: patched or not; one that is not has everything left alone.
+    """
+    record = record_of(model)
+    left = list(record.left_alone) if record else []
+    fused = []
+    for prefix, host in hosts(model):
+        for block in view_of(host).blocks:
+            path = prefix + block.path
+            if any_hooks(block.module):
+                left.append((path, "an inner module carries hooks, so every row runs through every module"))
+            roles = {place.path for place in block.spec.roles.values()}
+            left += [(f"{path}.{r}", why) for r in sorted(roles) if (why := why_opaque(child(block.module, r)))]
+            what = ["attention"] + ([] if block.spec.opaque_mlp else ["mlp"])
+            if block.spec.opaque_mlp:
+                left.append((f"{path}.{block.spec.mlp}", "not a two-layer MLP; called as a module"))
+            fused.append((path, " + ".join(what + list(block.module.fastpeft_block.extensions))))
+    if not fused and not left:
+        left.append(("", "not patched"))
+    owner = owners(model)
+    sizes = {name: p for name, p in model.named_parameters()}
+    trained = {name: p.numel() for name, p in sizes.items() if p.requires_grad}
+    backbone = sum(p.numel() for name, p in sizes.items() if owner.get(name, "backbone") == "backbone")
+    total = sum(trained.values())
+    stored = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()]
+    }
+    method = record.method if record else None
+    return Summary(
+        method="none" if method is None else " + ".join(map(repr, method.parts())),
+        fused=fused,
+        left_alone=left,
+        backends={name: "reference" for name in OPERATORS} if fused else {},
+        trainable=total,
+        head=sum(count for name, count in trained.items() if owner.get(name) == "head"),
+        backbone=backbone,
+        share=total / backbone if backbone else 0.0,
+        bytes={"model": sum(stored.values()), "packed": 0},
+        merged=record.merged if record else None,
+    )
