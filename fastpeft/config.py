@@ -59,11 +59,15 @@ class DataConfig(_Section):
         root: Folder of `vtab` and `folder` data.
         task: The VTAB task, a folder under `root`.
         protocol: VTAB: `final` trains on train800val200, `search` trains on train800 and validates on val200.
-        resize: `squash` resizes straight to the square input, `crop` resizes the short side and crops the centre.
-        augment: Random transforms of training images; `none` makes the training images deterministic.
+        resize: `squash` resizes straight to the square input, `squash_legacy` on TensorFlow 1's grid and
+            `squash_antialias` filtered; `crop` resizes the shorter side and crops the centre.
+        augment: Random transforms of training images; `none` makes the training images deterministic, `crop_flip`
+            needs `resize: crop`.
         val_fraction: Share of the training images held out for validation where the data has no such split.
         train_size: Use only this many training images, drawn evenly over classes.
         test_size: Use only the first so many test images.
+        seed: Of the draws above and of the augmentation; apart from `train.seed`, so that runs that differ in that one
+            see the same images.
         workers: Loader processes; 0 reads images in the training process.
     """
 
@@ -71,11 +75,12 @@ class DataConfig(_Section):
     root: str | None = None
     task: str | None = None
     protocol: Literal["final", "search"] = "final"
-    resize: Literal["squash", "crop"] = "squash"
+    resize: Literal["squash", "squash_legacy", "squash_antialias", "crop"] = "squash"
     augment: Literal["none", "flip", "crop_flip"] = "none"
     val_fraction: float = Field(default=0.0, ge=0, lt=1)
     train_size: int | None = Field(default=None, gt=0)
     test_size: int | None = Field(default=None, gt=0)
+    seed: int = Field(default=0, ge=0)
     workers: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -84,6 +89,8 @@ class DataConfig(_Section):
             raise ValueError(f"data '{self.name}' needs data.root, the folder that holds it")
         if self.name == "vtab" and self.task is None:
             raise ValueError("data 'vtab' needs data.task, the task's folder under data.root")
+        if self.augment == "crop_flip" and self.resize != "crop":
+            raise ValueError(f"augment 'crop_flip' needs resize 'crop', which leaves room to crop, got '{self.resize}'")
         return self
 
 
@@ -188,11 +195,14 @@ class Config(_Section):
     @field_validator("method")
     @classmethod
     def _method(cls, value: Any) -> Any:
+        from fastpeft import methods
+
         parts = value if isinstance(value, list) else [value]
         if not parts:
             raise ValueError("the list of methods is empty; give at least one, such as {name: linear}")
         for part in parts:
             _check_method(part)
+        methods.from_dict(value)
         return value
 
     def identity(self) -> dict[str, Any]:
@@ -344,7 +354,9 @@ def _first_error(error: ValidationError, path: str, from_command_line: list[str]
         message = str(cause)
     else:
         message = f"{first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
-    source = "command line" if key in from_command_line else path
+    # An override is to blame for a key that it set, for a part of it, and for the section that holds it.
+    related = [f"{given}." for given in from_command_line]
+    source = "command line" if any(f"{key}.".startswith(g) or g.startswith(f"{key}.") for g in related) else path
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     line = f"{source}: {key}: {message}{more}" if key else f"{source}: {message}{more}"
     return " ".join(line.split())

@@ -1,0 +1,60 @@
+"""The training command: `deepspeed fastpeft/train.py --config FILE [key=value ...]`.
+
+It also runs as `python fastpeft/train.py` and `python -m fastpeft.train`, installed or from a bare checkout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+if __name__ == "__main__" and not __package__:
+    # Run as a script, Python puts this file's folder first on the path, where `data`, `config` or `metrics` would
+    # shadow other packages. The folder above it is the one that holds the library.
+    _here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [path for path in sys.path if os.path.abspath(path or os.getcwd()) != _here]
+    sys.path.insert(0, os.path.dirname(_here))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit code: 0, 1 for a run that failed, 2 for one that could not begin."""
+    parser = argparse.ArgumentParser(prog="fastpeft.train", description="Fine-tune a vision transformer.")
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
+    parser.add_argument("--fresh", action="store_true", help="discard what the output folder holds and start over")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
+    options = parser.parse_intermixed_args(arguments)
+    first = os.environ.get("RANK", "0") == "0"
+
+    try:
+        from fastpeft.trainer import launch, session
+        from fastpeft.trainer.report import Reporter
+    except ModuleNotFoundError as error:
+        return _fail(first, f"{error.name} is not installed; pip install 'fastpeft[train]'", 2)
+    from fastpeft.config import ConfigError, load_config
+    from fastpeft.errors import FastPEFTError
+    from fastpeft.trainer.folder import FolderBusyError
+
+    launch.die_with_launcher()
+    try:
+        config = load_config(options.config, options.overrides)
+        session.run(config, options.config, options.fresh, Reporter(first), launch.find_ranks())
+    except (ConfigError, FolderBusyError) as error:
+        return _fail(first, str(error), 2)
+    except FastPEFTError as error:
+        return _fail(first, str(error), 1)
+    except KeyboardInterrupt:
+        return _fail(first, "interrupted; the same command continues from the last checkpoint", 130)
+    launch.stop()
+    return 0
+
+
+def _fail(speak: bool, message: str, code: int) -> int:
+    if speak:
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Which image is seen when: a function of seed, epoch and position, so that a position is all a resumed run needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from fastpeft.errors import FastPEFTError
+
+# Streams of random numbers that must not overlap although they share the run's seed.
+SHUFFLE, STEP, INIT = 1, 2, 3
+
+
+def mix(*numbers: int) -> int:
+    """A 63-bit seed from several integers; nearby inputs give unrelated seeds."""
+    return int(numpy.random.SeedSequence(numbers).generate_state(1, numpy.uint64)[0] >> numpy.uint64(1))
+
+
+@dataclass(frozen=True)
+class Deal:
+    """How the images of an epoch are dealt to optimizer steps, ranks and micro-batches.
+
+    Attributes:
+        size: Images of the training split.
+        batch_size: Images of a step over all ranks and micro-batches.
+        seed: The run's seed.
+        drop_last: Whether a smaller last batch is left out.
+        parts: Micro-batches of a step over all ranks: world size times accumulation.
+    """
+
+    size: int
+    batch_size: int
+    seed: int
+    drop_last: bool
+    parts: int
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        return self.size // self.batch_size if self.drop_last else math.ceil(self.size / self.batch_size)
+
+    def batch(self, order: list[int], step: int) -> list[int]:
+        """The image indices of one step, from the epoch's order."""
+        return order[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def order(self, epoch: int) -> list[int]:
+        """The image indices of an epoch, shuffled."""
+        generator = torch.Generator().manual_seed(mix(self.seed, SHUFFLE, epoch))
+        return torch.randperm(self.size, generator=generator).tolist()
+
+    def smallest_part(self) -> int:
+        """Images of the smallest micro-batch that holds any."""
+        sizes = {min(self.batch_size, self.size)}
+        if not self.drop_last and self.size % self.batch_size:
+            sizes.add(self.size % self.batch_size)
+        return min(size // self.parts or 1 for size in sizes)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One micro-batch: its images, and how many of them count.
+
+    A rank that gets no image of a small last batch computes one anyway, with weight zero: gradients are reduced
+    collectively, and every rank has to take part.
+    """
+
+    keys: list[tuple[int, int]]
+    counted: int
+
+
+def parts_of(deal: Deal, rank: int, world: int, epoch: int, first_step: int, epochs: int) -> Iterator[Part]:
+    """The micro-batches of one rank from a position to the end of training, as (epoch, image) keys."""
+    for at_epoch in range(epoch, epochs):
+        order = deal.order(at_epoch)
+        for step in range(first_step if at_epoch == epoch else 0, deal.steps):
+            batch = deal.batch(order, step)
+            for part in range(rank, deal.parts, world):
+                indices = batch[part :: deal.parts]
+                yield Part([(at_epoch, index) for index in indices or batch[:1]], len(indices))
+
+
+class Keyed(Dataset):
+    """A dataset addressed by (epoch, image): its random transforms are a function of both, whichever process asks."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, index = key
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+        try:
+            return self.dataset[index]
+        except FastPEFTError as error:
+            # A loader process would wrap it in its traceback; as a sample it reaches the reader as it is.
+            return error
+
+
+def collate(samples: list) -> tuple[torch.Tensor, torch.Tensor] | FastPEFTError:
+    """Stack (image, label) pairs; an error among them takes the batch's place."""
+    for sample in samples:
+        if isinstance(sample, FastPEFTError):
+            return sample
+    images, labels = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor(labels, dtype=torch.long)
+
+
+def training_batches(
+    dataset: Dataset, parts: Iterator[Part], workers: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """Load the micro-batches in order: images, labels, and how many of them count."""
+    counts: list[int] = []
+
+    def keys() -> Iterator[list[tuple[int, int]]]:
+        for part in parts:
+            counts.append(part.counted)
+            yield part.keys
+
+    loader = DataLoader(Keyed(dataset), batch_sampler=keys(), collate_fn=collate, num_workers=workers)
+    # The loader runs ahead of what it has yielded, so counts are taken from the front in the order of the keys.
+    for batch in loader:
+        yield *_whole(batch), counts.pop(0)
+
+
+def evaluation_batches(
+    dataset: Dataset, batch_size: int, rank: int, world: int, workers: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Every `world`-th image of a split, starting at `rank`: all ranks together see each image once."""
+    keys = [(0, index) for index in range(rank, len(dataset), world)]
+    batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
+    for batch in DataLoader(Keyed(dataset), batch_sampler=batches, collate_fn=collate, num_workers=workers):
+        yield _whole(batch)
+
+
+def _whole(batch):
+    """The batch, unless reading it failed."""
+    if isinstance(batch, FastPEFTError):
+        raise batch
+    return batch

@@ -1,0 +1,134 @@
+"""DeepSpeed behind three calls, backward, step and state, whatever the ZeRO stage.
+
+DeepSpeed is given the trained parameters alone. They are fp32 masters and its engine runs in fp32, while the frozen
+weights keep whatever format the forward pass wants: to the optimizer they are constants, with nothing to broadcast,
+reduce or shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+# What SGD with momentum and AdamW keep beside each parameter.
+STATE_KEYS = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+
+
+class _Trained(nn.Module):
+    """The trained parameters as a module of their own; the forward pass is called on the model directly."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.parameters_ = nn.ParameterList(parameters)
+
+
+class Stepper:
+    """Accumulates gradients over micro-batches and ranks, and takes optimizer steps."""
+
+    def __init__(
+        self, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, micro_batch: int, zero: int
+    ) -> None:
+        """Start DeepSpeed's engine.
+
+        Args:
+            named: The trained parameters, each once, by their names in the model.
+            optimizer: Over the same parameters.
+            micro_batch: Images of a micro-batch; DeepSpeed only reports it.
+            zero: ZeRO stage.
+        """
+        import deepspeed
+
+        self.named = dict(named)
+        self.optimizer = optimizer
+        self.zero = zero
+        self._engine, *_ = deepspeed.initialize(
+            model=_Trained(list(self.named.values())),
+            optimizer=optimizer,
+            config={
+                "train_micro_batch_size_per_gpu": micro_batch,
+                # step() is the boundary, so that an epoch's last batch may hold fewer micro-batches than the others.
+                "managed_gradient_accumulation": False,
+                "zero_optimization": {"stage": zero},
+                "zero_allow_untested_optimizer": True,
+                "steps_per_print": None,
+            },
+        )
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add a micro-batch's gradients; `step` averages them over ranks."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> None:
+        """Reduce the gradients, update the parameters, forget the gradients."""
+        self._engine.step()
+
+    def skip(self) -> None:
+        """Forget the gradients without a step."""
+        for parameter in self.named.values():
+            parameter.grad = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and optimizer state as full CPU tensors: `param/<name>` and `<state key>/<name>`; collective."""
+        tensors = {}
+        for name, parameter in self.named.items():
+            tensors[f"param/{name}"] = parameter.detach().cpu().clone()
+        for key in self._state_keys():
+            for name, parameter in self.named.items():
+                tensors[f"{key}/{name}"] = self._state_of(parameter, key).detach().cpu().clone()
+        return tensors
+
+    def steps_taken(self) -> int:
+        """The optimizer's own step count, which AdamW's bias correction uses."""
+        return next((int(state["step"]) for state in self.optimizer.state.values() if "step" in state), 0)
+
+    def load(self, tensors: Mapping[str, torch.Tensor], steps_taken: int) -> None:
+        """Continue from what `tensors` and `steps_taken` returned."""
+        keys = [key for key in STATE_KEYS if any(name.startswith(f"{key}/") for name in tensors)]
+        self.load_parameters({name: tensors[f"param/{name}"] for name in self.named})
+        if self.zero:
+            self._load_partitioned(tensors, keys, steps_taken)
+            return
+        for name, parameter in self.named.items():
+            state = {key: tensors[f"{key}/{name}"].to(parameter.device, copy=True) for key in keys}
+            if "exp_avg" in state:
+                state["step"] = torch.tensor(float(steps_taken))
+            if state:
+                self.optimizer.state[parameter] = state
+
+    @torch.no_grad()
+    def load_parameters(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Set the trained parameters; the optimizer's own copies under ZeRO are `load`'s business."""
+        for name, parameter in self.named.items():
+            parameter.copy_(values[name])
+
+    def _load_partitioned(self, tensors: Mapping[str, torch.Tensor], keys: list[str], steps_taken: int) -> None:
+        """Fill this rank's flat partition of each group, creating the optimizer's state as its first step would."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        partitioned = self._engine.optimizer
+        if keys:
+            for flat in partitioned.single_partition_of_fp32_groups:
+                state = {key: torch.zeros_like(flat, requires_grad=False) for key in keys}
+                if "exp_avg" in state:
+                    state["step"] = torch.tensor(float(steps_taken))
+                self.optimizer.state[flat] = state
+            partitioned._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self.named.items():
+            safe_set_full_fp32_param(parameter, tensors[f"param/{name}"].to(parameter.device))
+            for key in keys:
+                safe_set_full_optimizer_state(parameter, tensors[f"{key}/{name}"].to(parameter.device), key)
+
+    def _state_keys(self) -> list[str]:
+        """The keys that are there: none before the first step."""
+        present = {key for state in self.optimizer.state.values() for key, value in state.items() if value is not None}
+        return [key for key in STATE_KEYS if key in present]
+
+    def _state_of(self, parameter: nn.Parameter, key: str) -> torch.Tensor:
+        if not self.zero:
+            # A parameter that has never had a gradient has no state; zeros are what its first step would start from.
+            return self.optimizer.state.get(parameter, {}).get(key, torch.zeros_like(parameter))
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return safe_get_full_optimizer_state(parameter, key)

@@ -1,0 +1,132 @@
+"""What a step computes: the whole model on images, or what follows its frozen prefix on features computed once."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import fastpeft
+from fastpeft.config import ConfigError
+from fastpeft.trainer import features, precision
+from fastpeft.trainer.launch import Ranks
+from fastpeft.trainer.order import STEP, Deal, mix
+from fastpeft.trainer.report import Reporter
+from fastpeft.trainer.task import Task
+
+
+class Workload:
+    """Model, splits and number format, ready to train.
+
+    Attributes:
+        task: What is trained, on what.
+        model: The patched model on its device, frozen weights in the working format.
+        dtype: The working format.
+        precision: The format in words, with the reason.
+        deal: How images are dealt to steps, ranks and micro-batches.
+        train_split: Images, or features, with labels.
+        val_split: Likewise, or None.
+        test_split: Likewise.
+        evaluation_batch: Inputs of an evaluation batch.
+        cached: What was computed once, in words, or None.
+    """
+
+    def __init__(self, task: Task, model: nn.Module, ranks: Ranks, report: Reporter) -> None:
+        config = task.config
+        self.task = task
+        self.dtype, self.precision = precision.choose(config.train.precision, ranks.device)
+        self.deal = Deal(
+            len(task.splits.train),
+            min(config.train.batch_size, len(task.splits.train)),
+            config.train.seed,
+            config.train.drop_last,
+            ranks.world * config.train.grad_accumulation,
+        )
+        self._check_batches(model, ranks)
+        self.model = model.to(ranks.device)
+        precision.cast_frozen(self.model, self.dtype)
+        fastpeft.refresh(self.model)
+        fastpeft.set_rng_state(self.model, seed=mix(config.train.seed, STEP), step=0, rank=ranks.rank)
+        self.train_split, self.val_split, self.test_split = task.splits.train, task.splits.val, task.splits.test
+        self.evaluation_batch = 64
+        self.cached: str | None = None
+        self._trained: nn.Module = self.model
+        self._device, self._forward_dtype = ranks.device, self.dtype
+        if config.train.cache_features == "auto" and task.splits.deterministic:
+            self._cache(ranks, report)
+
+    def _check_batches(self, model: nn.Module, ranks: Ranks) -> None:
+        """Refuse what would fail in the middle of an epoch."""
+        train = self.task.config.train
+        if train.batch_size % self.deal.parts:
+            raise ConfigError(
+                f"{self.task.source}: train.batch_size: {train.batch_size} images cannot be dealt evenly to "
+                f"{ranks.world} ranks times {train.grad_accumulation} accumulation steps"
+            )
+        normalised = any(
+            isinstance(module, nn.modules.batchnorm._BatchNorm) and any(p.requires_grad for p in module.parameters())
+            for module in model.modules()
+        )
+        if normalised and self.deal.smallest_part() == 1:
+            raise ConfigError(
+                f"{self.task.source}: train.batch_size: the head's batch normalisation needs two images in every "
+                f"micro-batch, and {self.deal.size} images in batches of {self.deal.batch_size} leave one with a "
+                "single image; choose another batch size, or train.drop_last: true"
+            )
+
+    def _cache(self, ranks: Ranks, report: Reporter) -> None:
+        """Encode every split once, if the model has a frozen prefix whose features are small enough to keep."""
+        prefix = fastpeft.frozen_prefix(self.model)
+        if prefix is None or prefix.start == 0:
+            # Embedded patches take more memory than pixels and little time to compute.
+            return
+        self.model.eval()
+        splits = {"train": self.train_split, "val": self.val_split, "test": self.test_split}
+        present = {name: split for name, split in splits.items() if split is not None}
+        if not features.fits(prefix, list(present.values()), ranks, self.dtype):
+            return
+        workers = self.task.config.data.workers
+        encoded = {
+            name: features.encode(prefix, split, ranks, self.dtype, workers, report, name)
+            for name, split in present.items()
+        }
+        self.train_split, self.test_split = encoded["train"], encoded["test"]
+        self.val_split = encoded.get("val")
+        self.cached = prefix.description
+        self._trained = prefix.decoder
+        if self.train_split.features.ndim == 2:
+            # Only the head is left, and full precision costs nothing there.
+            self._forward_dtype = torch.float32
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Logits of a batch of images, or of their features."""
+        if inputs.dtype != self._forward_dtype and self.cached is not None:
+            inputs = inputs.to(self._forward_dtype)
+        with precision.autocast(self._device, self._forward_dtype):
+            return self._trained(inputs)
+
+    def train_mode(self) -> None:
+        """Turn on what is random in training; a frozen backbone keeps its own dropout off."""
+        self.model.train()
+        self._trained.train()
+
+    def eval_mode(self) -> None:
+        """Turn it off."""
+        self.model.eval()
+        self._trained.eval()
+
+    def named_trained(self) -> dict[str, nn.Parameter]:
+        """Each trained parameter once, by its first name in the model."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Copies of the buffers that a state dict holds, such as a head's running statistics."""
+        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        state = self.model.state_dict()
+        return {name: tensor.detach().cpu().clone() for name, tensor in state.items() if name not in parameters}
+
+    def load_buffers(self, buffers: dict[str, torch.Tensor]) -> None:
+        """Put back what `buffers` returned."""
+        with torch.no_grad():
+            state = self.model.state_dict()
+            for name, tensor in buffers.items():
+                state[name].copy_(tensor)
