@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from fastpeft.engine.stack import EngineHost, FrozenPrefix, frozen_depth
@@ -31,9 +32,9 @@ def set_rng_state(model: nn.Module, seed: int | None = None, step: int | None = 
         if clock is None:
             continue
         if seed is not None:
-            clock.seed.fill_(seed)
+            clock.seed = torch.full_like(clock.seed, seed)
         if step is not None:
-            clock.step.fill_(step)
+            clock.step = torch.full_like(clock.step, step)
         if rank is not None:
             clock.rank = rank
 

@@ -29,7 +29,9 @@ class DropoutClock(nn.Module):
         self.rank = 0
 
     def tick(self) -> Tensor:
-        """Begin a training forward; the returned copy stays valid while later forwards go on counting."""
+        """Begin a training forward; the returned scalar stays as it is while later forwards go on counting."""
+        # A new tensor, not an addition in place: a compiled backward may compute masks again from the counter, and a
+        # recomputed block draws from the scalar that its forward was given.
         with torch.no_grad():
-            self.step.add_(1)
-            return self.step.clone()
+            self.step = self.step + 1
+        return self.step

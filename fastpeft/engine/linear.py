@@ -79,7 +79,7 @@ def project(
     if (first, last) != (0, len(splits)):
         weight = weight[start:stop]
         bias = None if bias is None else bias[start:stop]
-        terms = [cut for term in terms if (cut := _cut(term, start, stop)) is not None]
+        terms = [cut for cut in [_cut(term, start, stop) for term in terms] if cut is not None]
     if bias is not None and bias.dtype != weight.dtype:
         bias = bias.to(weight.dtype)
     return lora_linear(x, weight, bias, terms, splits[first:last])
