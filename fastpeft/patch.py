@@ -82,10 +82,16 @@ def patch(
         raise MethodError(f"method must be a fastpeft method such as fastpeft.VPT(length=50), got {method!r}")
     register_all()
     record = record_of(model)
-    if record is None:
+    fresh = record is None
+    if fresh:
         record = _adopt_hosts(model, strict, backend)
     if method is not None:
-        _add_method(model, record, method, train_head)
+        try:
+            _add_method(model, record, method, train_head)
+        except BaseException:
+            if fresh:
+                _release_hosts(model)
+            raise
     return model
 
 
@@ -190,6 +196,19 @@ def _strip(host: nn.Module) -> None:
     host.fastpeft_host.backbone_eval = False
 
 
+def _release_hosts(model: nn.Module) -> None:
+    """Undo `_adopt_hosts`, and what methods added."""
+    for _, host in list(hosts(model)):
+        _strip(host)
+        for path, _ in host.fastpeft_host.spec.blocks:
+            block = host.get_submodule(path)
+            release(block)
+            del block.fastpeft_block
+        release(host)
+        del host.fastpeft_host
+    model.__dict__.pop("fastpeft_record", None)
+
+
 def unpatch(model: nn.Module, discard: bool = False) -> nn.Module:
     """Give a model its own classes back, in place.
 
@@ -211,17 +230,9 @@ def unpatch(model: nn.Module, discard: bool = False) -> nn.Module:
             f"unpatching would lose {', '.join(extras)}: fold it with fastpeft.merge, keep it with fastpeft.save, "
             "or pass discard=True"
         )
-    for _, host in list(hosts(model)):
-        _strip(host)
-        for path, _ in host.fastpeft_host.spec.blocks:
-            block = host.get_submodule(path)
-            release(block)
-            del block.fastpeft_block
-        release(host)
-        del host.fastpeft_host
+    _release_hosts(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in record.required_grad)
-    model.__dict__.pop("fastpeft_record", None)
     model.train(model.training)
     return model
 

@@ -17,9 +17,7 @@ class Adopted:
 
     def __reduce_ex__(self, protocol: int):
         # The class is made at run time, so pickle cannot find it by name: store what it was made of.
-        _, base = type(self).__bases__
-        mixin = type(self).__bases__[0]
-        return _rebuild, (mixin, base), self.__getstate__()
+        return _rebuild, type(self).__bases__, super().__reduce_ex__(max(protocol, 2))[2]
 
 
 def _rebuild(mixin: type, base: type) -> nn.Module:

@@ -11,4 +11,6 @@ class DeepHead(Adopted):
     """Mixin of an adopted linear head; its child `mlp` holds the hidden layers, its own weight stays the output layer."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.mlp(x))
+        # The hidden layers are fp32 masters on a model of lower precision, BatchNorm's statistics too.
+        hidden = self.mlp(x.to(next(self.mlp.parameters()).dtype))
+        return super().forward(hidden.to(x.dtype))

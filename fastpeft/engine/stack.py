@@ -162,4 +162,5 @@ def frozen_depth(host: nn.Module) -> int | None:
 
 
 def _random(host: nn.Module) -> bool:
-    return any(getattr(m, "p", 0) or getattr(m, "drop_prob", 0) for m in host.modules())
+    """Whether any module of the host drops something out: nn.Dropout, stochastic depth, patch dropout."""
+    return any(getattr(m, rate, 0) for m in host.modules() for rate in ("p", "drop_prob", "prob"))

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastpeft.engine.extensions import Adapters, Bottleneck, SingleAdapter
 from fastpeft.engine.view import ModelView
-from fastpeft.methods.base import Method, check, is_count
+from fastpeft.methods.base import Method, check, is_count, is_number, names
 
 _LOCATIONS = ("attn", "ffn")
 
@@ -46,12 +46,13 @@ class Adapter(Method):
 
 def _check_adapter(method: SerialAdapter | ParallelAdapter) -> None:
     kind = type(method).__name__
-    object.__setattr__(method, "locations", tuple(method.locations))
+    object.__setattr__(method, "locations", names(method.locations))
     check(is_count(method.hidden), f"{kind}: hidden must be a positive integer, got {method.hidden!r}")
     check(
-        bool(method.locations) and set(method.locations) <= set(_LOCATIONS),
+        bool(method.locations) and all(at in _LOCATIONS for at in method.locations),
         f"{kind}: locations must be among {', '.join(_LOCATIONS)}, got {method.locations!r}",
     )
+    check(isinstance(method.bias, bool), f"{kind}: bias must be True or False, got {method.bias!r}")
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ class ParallelAdapter(Method):
 
     def __post_init__(self) -> None:
         _check_adapter(self)
+        check(isinstance(self.skip, bool), f"ParallelAdapter: skip must be True or False, got {self.skip!r}")
+        check(is_number(self.scale), f"ParallelAdapter: scale must be a finite number, got {self.scale!r}")
 
     def attach(self, model: ModelView) -> None:
         for block in model.blocks:

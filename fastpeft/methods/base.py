@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -141,6 +142,16 @@ def check(condition: bool, message: str) -> None:
 def is_count(value: Any, least: int = 1) -> bool:
     """Whether the value is an integer of at least `least` (and not a bool)."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: Any) -> bool:
+    """Whether the value is a finite number (and not a bool)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def names(value: Any) -> tuple[Any, ...]:
+    """A field of names as a tuple: one string is one name; what is no sequence becomes a name that no check lets pass."""
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
 def is_probability(value: Any) -> bool:

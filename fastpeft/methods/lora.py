@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from fastpeft.engine.extensions import LowRank, LowRanks
 from fastpeft.engine.view import ModelView
-from fastpeft.methods.base import Method, check, is_count, is_probability
+from fastpeft.methods.base import Method, check, is_count, is_number, is_probability, names
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,16 @@ class LoRA(Method):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+        targets = names(self.targets)
         object.__setattr__(self, "targets", targets)
         check(is_count(self.rank), f"LoRA: rank must be a positive integer, got {self.rank!r}")
         check(
-            self.alpha is None or (isinstance(self.alpha, (int, float)) and self.alpha > 0),
+            self.alpha is None or (is_number(self.alpha) and self.alpha > 0),
             f"LoRA: alpha must be a positive number or None, got {self.alpha!r}",
         )
         check(is_probability(self.dropout), f"LoRA: dropout must be in [0, 1), got {self.dropout!r}")
         check(bool(targets), "LoRA: targets is empty")
+        check(all(isinstance(t, str) for t in targets), f"LoRA: targets must be names of roles, got {self.targets!r}")
         check(len(set(targets)) == len(targets), f"LoRA: targets holds a role twice: {', '.join(targets)}")
 
     @property

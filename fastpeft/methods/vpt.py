@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastpeft.engine.extensions import Prompts
 from fastpeft.engine.view import ModelView
 from fastpeft.errors import MethodError
-from fastpeft.methods.base import Method, check, is_count, is_probability
+from fastpeft.methods.base import Method, check, is_count, is_probability, names
 
 _INITS = ("uniform", "normal", "zero")
 
@@ -48,6 +48,7 @@ class VPT(Method):
 
     def __post_init__(self) -> None:
         check(is_count(self.length), f"VPT: length must be a positive integer, got {self.length!r}")
+        check(isinstance(self.deep, bool), f"VPT: deep must be True or False, got {self.deep!r}")
         check(
             self.dropout is None or is_probability(self.dropout),
             f"VPT: dropout must be in [0, 1) or None, got {self.dropout!r}",
@@ -65,7 +66,7 @@ class VPT(Method):
             f"VPT: init must be one of {', '.join(_INITS)} or a tensor, got {self.init!r}",
         )
         if self.depth is not None:
-            object.__setattr__(self, "depth", tuple(self.depth))
+            object.__setattr__(self, "depth", names(self.depth))
             check(
                 len(self.depth) == 2 and is_count(self.depth[0]) and is_count(self.depth[1], self.depth[0]),
                 f"VPT: depth must be (i, j) with 1 <= i <= j, got {self.depth!r}",
