@@ -11,6 +11,8 @@ import functools
 
 from torch import nn
 
+from fastpeft.engine.hooks import replaced
+
 
 class Adopted:
     """Mixin of every class that `adopt` puts in front of a module's own class."""
@@ -31,13 +33,21 @@ def _combined(mixin: type, base: type) -> type:
 
 def adopt(module: nn.Module, mixin: type[Adopted]) -> None:
     """Put `mixin` in front of the module's class, in place."""
+    _uncover(module)
     module.__class__ = _combined(mixin, type(module))
 
 
 def release(module: nn.Module) -> None:
     """Undo `adopt`."""
     if isinstance(module, Adopted):
+        _uncover(module)
         module.__class__ = type(module).__bases__[1]
+
+
+def _uncover(module: nn.Module) -> None:
+    """Let the class decide about forward, where the instance holds nothing but the class's own, bound."""
+    if "forward" in module.__dict__ and not replaced(module):
+        del module.forward
 
 
 def original_class(module: nn.Module) -> type:

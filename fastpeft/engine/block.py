@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastpeft.engine.description import BlockSpec, child
 from fastpeft.engine.extensions import Extension, KeyValues, LowRanks, Noise, Prompts
 from fastpeft.engine.hooks import any_hooks, call_under_hooks, draws
-from fastpeft.engine.linear import project
+from fastpeft.engine.linear import project, read
 from fastpeft.errors import MethodError
 from fastpeft.ops.lora_linear import LowRankTerm
 from fastpeft.ops.prompt_attention import prompt_attention
@@ -73,6 +73,17 @@ def run_block(
     return BlockRun(block, noise)(x, attn_mask, causal, rows)
 
 
+def lost_layer(block: nn.Module, spec: BlockSpec) -> str | None:
+    """Path of a layer that the description names and the block no longer has, since somebody wrapped its container."""
+    for path in [place.path for place in spec.roles.values()] + [spec.mlp]:
+        module = block
+        for name in path.split("."):
+            module = module._modules.get(name)
+            if module is None:
+                return path
+    return None
+
+
 class BlockRun:
     """One forward of one block."""
 
@@ -84,6 +95,9 @@ class BlockRun:
         self.low_ranks = [e for e in self.extensions if isinstance(e, LowRanks)]
         self.adapters = [e for e in self.extensions if hasattr(e, "apply_to")]
         self.hooked = any_hooks(block)
+        drop = state.spec.inner.get("attn_drop")
+        # The container's mode counts, as where the rate is handed to the attention function.
+        self.attn_drop = child(block, drop).p if drop and child(block, state.spec.attn).training else 0.0
 
     def __call__(self, x: Tensor, attn_mask: Tensor | None, causal: bool, rows: int | None) -> Tensor:
         state = self.state
@@ -91,14 +105,15 @@ class BlockRun:
         tokens = x.shape[1] - state.carry_in
         if (attn_mask is not None or causal) and (state.carry_in or state.carry_out):
             raise MethodError("prompts that are carried from block to block cannot be combined with an attention mask")
-        if self._literal():
-            # Somebody may look at every row, or a random mask depends on how the rows are grouped.
+        prunes = rows is not None or own is not None or state.carry_in > state.carry_out
+        literal = prunes and self._literal()
+        if literal:
             rows = None
-        if own is not None and self._joins(own):
+        if own is not None and (literal or self._joins()):
             x = torch.cat((x, own.expand(x.shape[0], -1, -1)), dim=1)
             own = None
         keep = tokens + state.carry_out if rows is None else min(rows, tokens)
-        out = x.shape[1] if self.hooked else keep
+        out = x.shape[1] if literal else keep
         if attn_mask is not None and x.shape[1] > tokens:
             attn_mask = _widen(attn_mask, tokens, x.shape[1] - tokens)
         elif causal and (x.shape[1] > tokens or out < tokens):
@@ -126,14 +141,22 @@ class BlockRun:
         return torch.cat([rows.expand(x.shape[0], -1, -1) for rows in found], dim=1)
 
     def _literal(self) -> bool:
-        return self.hooked or draws(self.block)
+        """Whether every row must be there in every product.
 
-    def _joins(self, own: Tensor) -> bool:
+        Somebody may look at all of them; a random mask depends on how they are grouped; and a layer that the engine
+        cannot look into may do anything with them, such as scale them together or draw random numbers.
+        """
+        if self.hooked or self.attn_drop > 0 or draws(self.block):
+            return True
+        layers = {place.path for place in self.spec.roles.values()}.union(self.spec.inner_linears)
+        return self.spec.unknown_mlp or any(read(child(self.block, path)) is None for path in layers)
+
+    def _joins(self) -> bool:
         """Whether inserted prompts must become ordinary rows of x."""
-        if self.hooked or self.state.carry_out > self.state.carry_in:
+        if self.state.carry_out > self.state.carry_in:
             return True
         # A mask of LoRA's dropout belongs to one row of one sample, so the batch cannot share a projected prompt.
-        return any(e.training and e.draws for e in self.low_ranks) or draws(self.block)
+        return any(e.training and e.draws for e in self.low_ranks)
 
     def _inner(self, role: str, x: Tensor) -> Tensor:
         path = self.spec.inner.get(role)
@@ -162,11 +185,7 @@ class BlockRun:
             if isinstance(extension, KeyValues):
                 extra.append(tuple(self._heads(rows.to(k.dtype)) for rows in extension.keys_values()))
         pk, pv = _join(extra, h.shape[0])
-        drop = spec.inner.get("attn_drop")
-        drop = child(self.block, drop) if drop else None
-        y = prompt_attention(
-            q, k, v, pk, pv, mask, causal, spec.scale, drop.p if drop is not None and drop.training else 0.0
-        )
+        y = prompt_attention(q, k, v, pk, pv, mask, causal, spec.scale, self.attn_drop)
         y = self._inner("attn_norm", y.transpose(1, 2).flatten(2))
         return self._inner("proj_drop", self._linear("o", y))
 

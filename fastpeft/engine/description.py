@@ -48,6 +48,8 @@ class BlockSpec:
             "drop2".
         attn: path of the attention container.
         mlp: path of the MLP container.
+        inner_linears: of an MLP that is called as a module, but is known to treat every row by itself: the paths of its
+            linear layers. Empty if it is not known, and all rows then go through it together.
     """
 
     dim: int
@@ -59,10 +61,15 @@ class BlockSpec:
     inner: dict[str, str]
     attn: str
     mlp: str
+    inner_linears: tuple[str, ...] = ()
 
     @property
     def opaque_mlp(self) -> bool:
         return "fc1" not in self.roles
+
+    @property
+    def unknown_mlp(self) -> bool:
+        return self.opaque_mlp and not self.inner_linears
 
 
 @dataclass
@@ -76,6 +83,7 @@ class HostSpec:
         final: names of the children between the last block and the head.
         heads: names of the linear output layers.
         patch_area: pixels times channels of a patch, for the prompts' initial range.
+        known_readout: what comes after the blocks is the family's own, so that its read-out rows are known.
         left_alone: (path, reason) of what the engine will not run.
     """
 
@@ -86,6 +94,7 @@ class HostSpec:
     final: tuple[str, ...]
     heads: tuple[str, ...]
     patch_area: int
+    known_readout: bool = True
     left_alone: list[tuple[str, str]] = field(default_factory=list)
 
 

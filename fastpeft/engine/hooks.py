@@ -6,17 +6,36 @@ every row through every module, containers included.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 from torch import nn
 from torch.nn.modules import module as _module
 
+from fastpeft.errors import UnsupportedModelError
+
+_borrowing = threading.RLock()
+
+
+def replaced(module: nn.Module) -> bool:
+    """Whether the instance has a forward of somebody's own, as accelerate's hooks put there.
+
+    The class's own forward, bound to the module, does not count: accelerate leaves it behind when a hook is removed.
+    """
+    own = module.__dict__.get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether the module itself carries a forward or backward hook of any kind."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    """Whether the module itself carries a forward or backward hook of any kind, or a replaced forward."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    return replaced(module)
+
+
+def watched(*modules: nn.Module) -> bool:
+    """Whether somebody sees what one of these modules is given or gives: by a hook of its own, or of every module."""
+    return _module._has_any_global_hook() or any(has_hooks(module) for module in modules)
 
 
 def any_hooks(module: nn.Module) -> bool:
@@ -38,17 +57,23 @@ def draws(module: nn.Module) -> bool:
     return any(draws(child) for child in module._modules.values() if child is not None)
 
 
-class _Standin(nn.Module):
-    """Looks like another module, hooks included, and runs a function of ours as its forward."""
-
-    def __init__(self, module: nn.Module, function: Callable):
-        # Not `super().__init__()`: every attribute, the dictionaries of hooks too, is the other module's own.
-        self.__dict__ = {**module.__dict__, "_function": function}
-
-    def forward(self, *args):
-        return self.__dict__["_function"](*args)
-
-
 def call_under_hooks(module: nn.Module, function: Callable, *args):
-    """Run `function(*args)` as if it were the module's forward, hooks and all."""
-    return _Standin(module, function)(*args) if has_hooks(module) else function(*args)
+    """Run `function(*args)` as if it were the module's forward, hooks and all.
+
+    Raises:
+        UnsupportedModelError: the module has a forward of its own, which knows nothing of what a method adds.
+    """
+    if not has_hooks(module):
+        return function(*args)
+    if replaced(module):
+        raise UnsupportedModelError(
+            f"the forward of a {type(module).__name__} was replaced on the instance (accelerate's hooks do that), and "
+            "the method's tensors could not enter it; hook its linear layers or the block around it instead"
+        )
+    # Hooks are given the module and may keep something on it, so it must be the module itself that is called.
+    with _borrowing:
+        module.forward = function
+        try:
+            return module(*args)
+        finally:
+            del module.forward

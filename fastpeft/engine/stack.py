@@ -12,6 +12,7 @@ from fastpeft.engine.adopt import Adopted
 from fastpeft.engine.clock import DropoutClock
 from fastpeft.engine.description import HostSpec, child
 from fastpeft.engine.extensions import Extension, Noise
+from fastpeft.engine.hooks import replaced
 
 
 @dataclass
@@ -92,11 +93,18 @@ def run_blocks(
     for index, path in enumerate(paths[start:stop], start):
         block = child(host, path)
         keep = rows if index == len(paths) - 1 else None
-        if checkpointing and torch.is_grad_enabled():
-            x = checkpoint(block, x, rows=keep, noise=noise, use_reentrant=False)
-        else:
-            x = block(x, rows=keep, noise=noise)
+        x = call_block(block, x, {"rows": keep, "noise": noise}, checkpointing)
     return x
+
+
+def call_block(block: nn.Module, x: Tensor, options: dict, checkpointing: bool) -> Tensor:
+    """Call a block; what the engine tells it besides stays away from hooks and replaced forwards, which expect x."""
+    if replaced(block) or not isinstance(block, Adopted):
+        options = {}
+    options = {name: value for name, value in options.items() if value is not None}
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, x, **options, use_reentrant=False)
+    return block(x, **options)
 
 
 class FrozenPrefix(nn.Module):

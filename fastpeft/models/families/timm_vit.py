@@ -8,16 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.engine.adopt import Adopted, original_class
-from fastpeft.engine.block import run_block
+from fastpeft.engine.block import lost_layer, run_block
 from fastpeft.engine.description import BlockSpec, HostSpec, Projection
-from fastpeft.engine.hooks import any_hooks, has_hooks
-from fastpeft.engine.stack import EngineHost, begin, run_blocks
+from fastpeft.engine.hooks import any_hooks, draws, replaced, watched
+from fastpeft.engine.stack import EngineHost, begin, call_block, run_blocks
 from fastpeft.errors import UnsupportedModelError
 from fastpeft.models.families import Family
 
 _STEM = ("cls_token", "dist_token", "reg_token", "pos_embed", "patch_embed", "pos_drop", "patch_drop", "norm_pre")
 _FINAL = ("norm", "attn_pool", "fc_norm", "head_drop")
 _HEADS = ("head", "head_dist")
+_FORWARDS = ("forward", "forward_features", "forward_intermediates")
+_READOUT = ("forward_head", "pool")
 
 
 class TimmBlock(Adopted):
@@ -25,10 +27,23 @@ class TimmBlock(Adopted):
 
     def forward(self, x: Tensor, attn_mask=None, is_causal: bool = False, rows: int | None = None, noise=None):
         state = self.fastpeft_block
-        if not state.extensions and not state.carry_in and any_hooks(self):
-            kwargs = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
-            return super().forward(x, **kwargs)
+        lost = lost_layer(self, state.spec)
+        if not state.extensions and not state.carry_in:
+            # Without fused attention timm resolves masks and draws dropout in an order of its own.
+            odd = not self.attn.fused_attn and (attn_mask is not None or is_causal or draws(self))
+            if lost or odd or any_hooks(self):
+                return super().forward(x, **_mask(attn_mask, is_causal))
+        elif lost:
+            raise UnsupportedModelError(
+                f"{lost} of a block is no longer there: its container was wrapped after the model was patched with a "
+                "method; wrap the model first, then patch it"
+            )
         return run_block(self, x, attn_mask, is_causal, rows, noise)
+
+
+def _mask(attn_mask: Tensor | None, is_causal: bool) -> dict:
+    """The arguments of a masked forward; older blocks do not know the second one, and only get what is set."""
+    return ({} if attn_mask is None else {"attn_mask": attn_mask}) | ({"is_causal": True} if is_causal else {})
 
 
 class TimmVisionTransformer(EngineHost):
@@ -59,19 +74,23 @@ class TimmVisionTransformer(EngineHost):
     def _fastpeft_blocks(self, x, noise, attn_mask, is_causal: bool, rows: int | None, start: int = 0) -> Tensor:
         if attn_mask is not None or is_causal:
             for block in self.blocks[start:]:
-                x = block(x, attn_mask=attn_mask, is_causal=is_causal, **_options(block, noise))
+                x = block(x, **_mask(attn_mask, is_causal))
             return x
+        if start == 0 and not self.grad_checkpointing and watched(self.blocks):
+            return self.blocks(x)
         if len(self.fastpeft_host.spec.blocks) == len(self.blocks):
             return run_blocks(self, x, noise, rows, start, checkpointing=self.grad_checkpointing)
         for block in self.blocks[start:]:
-            x = block(x, **_options(block, noise))
+            x = call_block(block, x, {"noise": noise}, self.grad_checkpointing)
         return x
 
     def _fastpeft_rows(self) -> int | None:
         """How many of the last block's rows the head reads: they come first."""
         if self.global_pool != "token" or self.attn_pool is not None:
             return None
-        if any(has_hooks(m) for m in (self.blocks, self.blocks[-1], self.norm, self.fc_norm)):
+        if not self.fastpeft_host.spec.known_readout or any(name in self.__dict__ for name in _READOUT):
+            return None
+        if watched(self.blocks, self.blocks[-1], self.norm, self.fc_norm):
             return None
         return 2 if hasattr(self, "head_dist") else 1
 
@@ -93,10 +112,6 @@ class TimmVisionTransformer(EngineHost):
                 self, features, noise, self._fastpeft_rows(), start, checkpointing=self.grad_checkpointing
             )
         return self.forward_head(self.norm(features))
-
-
-def _options(block: nn.Module, noise) -> dict:
-    return {"noise": noise} if isinstance(block, TimmBlock) else {}
 
 
 class _Separated:
@@ -145,8 +160,10 @@ class TimmVitFamily(Family):
     def describe(self, module: nn.Module) -> HostSpec:
         from timm.models.vision_transformer import VisionTransformer
 
-        for name in ("forward", "forward_features", "forward_intermediates"):
-            if getattr(original_class(module), name) is not getattr(VisionTransformer, name):
+        cls = original_class(module)
+        for name in _FORWARDS:
+            # A forward on the instance, as accelerate's hooks put there, calls the class's own in the end.
+            if getattr(cls, name) is not getattr(VisionTransformer, name) or name in {*module.__dict__} - {"forward"}:
                 raise UnsupportedModelError(
                     f"{type(module).__name__} has a {name} of its own; the engine runs timm's VisionTransformer"
                 )
@@ -160,6 +177,7 @@ class TimmVitFamily(Family):
             final=tuple(name for name in _FINAL if isinstance(getattr(module, name, None), nn.Module)),
             heads=tuple(name for name in _HEADS if isinstance(getattr(module, name, None), nn.Module)),
             patch_area=_patch_area(module),
+            known_readout=_known_readout(cls),
         )
         for index, block in enumerate(module.blocks):
             path = f"blocks.{index}"
@@ -167,13 +185,22 @@ class TimmVitFamily(Family):
             if reason:
                 spec.left_alone.append((path, reason))
             else:
-                spec.blocks.append((path, _describe_block(block)))
+                spec.blocks.append((path, _describe_block(block, module.embed_dim)))
         return spec
 
 
 def _patch_area(module: nn.Module) -> int:
     height, width = module.patch_embed.patch_size
-    return module.in_chans * height * width
+    return getattr(module, "in_chans", 3) * height * width
+
+
+def _known_readout(cls: type) -> bool:
+    """Whether the class reads its head's input from the rows that `_fastpeft_rows` says."""
+    from timm.models.deit import VisionTransformerDistilled
+    from timm.models.vision_transformer import VisionTransformer
+
+    heads = (VisionTransformer.forward_head, VisionTransformerDistilled.forward_head)
+    return cls.forward_head in heads and cls.pool is VisionTransformer.pool
 
 
 def _unsupported(block: nn.Module) -> str | None:
@@ -181,26 +208,28 @@ def _unsupported(block: nn.Module) -> str | None:
     from timm.layers import Attention
     from timm.models.vision_transformer import Block
 
+    if replaced(block):
+        return "its forward was replaced on the instance (accelerate's hooks do that); patch first, then add them"
     if original_class(block) is not Block:
         return f"a {original_class(block).__name__} is not timm's pre-norm Block"
     if type(block.attn) is not Attention:
         return f"its attention is a {type(block.attn).__name__}, not timm's Attention"
-    if block.attn.gate is not None:
+    if getattr(block.attn, "gate", None) is not None:
         return "its attention output is gated"
     return None
 
 
-def _describe_block(block: nn.Module) -> BlockSpec:
-    from timm.layers import Mlp
+def _describe_block(block: nn.Module, dim: int) -> BlockSpec:
+    from timm.layers import GluMlp, Mlp, SwiGLU
 
-    attn = block.attn
-    width, dim = attn.attn_dim, attn.qkv.in_features
+    attn, mlp = block.attn, block.mlp
+    width = attn.num_heads * attn.head_dim
     roles = {
         "qkv": Projection("attn.qkv", 0, 3 * width, dim),
         "q": Projection("attn.qkv", 0, width, dim),
         "k": Projection("attn.qkv", width, 2 * width, dim),
         "v": Projection("attn.qkv", 2 * width, 3 * width, dim),
-        "o": Projection("attn.proj", 0, attn.proj.out_features, width),
+        "o": Projection("attn.proj", 0, dim, width),
     }
     inner = {
         "norm1": "norm1",
@@ -215,10 +244,14 @@ def _describe_block(block: nn.Module) -> BlockSpec:
         "drop_path1": "drop_path1",
         "drop_path2": "drop_path2",
     }
-    if type(block.mlp) is Mlp and hasattr(block.mlp.fc1, "in_features"):
-        roles["fc1"] = Projection("mlp.fc1", 0, block.mlp.fc1.out_features, dim)
-        roles["fc2"] = Projection("mlp.fc2", 0, dim, block.mlp.fc2.in_features)
+    hidden = getattr(mlp.fc1, "out_features", None) if type(mlp) is Mlp else None
+    if hidden is not None:
+        roles["fc1"] = Projection("mlp.fc1", 0, hidden, dim)
+        roles["fc2"] = Projection("mlp.fc2", 0, dim, hidden)
         inner |= {"act": "mlp.act", "drop1": "mlp.drop1", "mlp_norm": "mlp.norm", "drop2": "mlp.drop2"}
+    # Gated MLPs treat every row by itself, as long as their linear layers do.
+    gated = type(mlp) in (GluMlp, SwiGLU)
+    known = tuple(f"mlp.{name}" for name, _ in mlp.named_children() if gated and name.startswith("fc"))
     return BlockSpec(
         dim=dim,
         num_heads=attn.num_heads,
@@ -229,6 +262,7 @@ def _describe_block(block: nn.Module) -> BlockSpec:
         inner=inner,
         attn="attn",
         mlp="mlp",
+        inner_linears=known,
     )
 
 
