@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from fastpeft.engine.adopt import adopt, release
+from fastpeft.engine.adopt import Adopted, adopt, release
 from fastpeft.engine.block import BlockState
 from fastpeft.engine.clock import DropoutClock
 from fastpeft.engine.head import DeepHead
+from fastpeft.engine.hooks import replaced
 from fastpeft.engine.stack import EngineHost, HostState
 from fastpeft.engine.view import ModelView
 from fastpeft.errors import FastPEFTError, MethodError, UnsupportedModelError
@@ -31,7 +32,8 @@ class PatchRecord:
         train_head: whether the head is trained with it.
         backend: as asked for.
         left_alone: (path, reason) of what the engine does not run.
-        required_grad: names of the parameters that were trainable before.
+        required_grad: `requires_grad` of every parameter before the method came, by name in the module that keeps the
+            record; empty without a method, which is the only thing that changes it.
         merged: measured error by projection, if `merge` has folded the method.
     """
 
@@ -39,13 +41,19 @@ class PatchRecord:
     train_head: bool = True
     backend: str = "auto"
     left_alone: list[tuple[str, str]] = field(default_factory=list)
-    required_grad: set[str] = field(default_factory=set)
+    required_grad: dict[str, bool] = field(default_factory=dict)
     merged: dict[str, float] | None = None
 
 
 def record_of(model: nn.Module) -> PatchRecord | None:
-    """The model's record, or None if `patch` never saw it."""
-    return model.__dict__.get("fastpeft_record")
+    """The record of the model or of what it wraps (as a PeftModel or DistributedDataParallel does), None if none."""
+    records = [keeper.__dict__["fastpeft_record"] for keeper in _keepers(model)]
+    return next((record for record in records if record.method is not None), records[0] if records else None)
+
+
+def _keepers(model: nn.Module) -> list[nn.Module]:
+    """The modules, outermost first, that `patch` was called on."""
+    return [module for module in model.modules() if "fastpeft_record" in module.__dict__]
 
 
 def patch(
@@ -82,7 +90,8 @@ def patch(
         raise MethodError(f"method must be a fastpeft method such as fastpeft.VPT(length=50), got {method!r}")
     register_all()
     record = record_of(model)
-    fresh = record is None
+    # A record without a transformer is left over from one that was unpatched, or replaced, from inside.
+    fresh = record is None or next(hosts(model), None) is None
     if fresh:
         record = _adopt_hosts(model, strict, backend)
     if method is not None:
@@ -97,11 +106,11 @@ def patch(
 
 def _adopt_hosts(model: nn.Module, strict: bool, backend: str) -> PatchRecord:
     found = find_hosts(model)
-    record = PatchRecord(backend=backend, required_grad={n for n, p in model.named_parameters() if p.requires_grad})
+    record = PatchRecord(backend=backend)
     described = []
     for path, host, family in found:
-        if isinstance(host, EngineHost):
-            raise FastPEFTError(f"{path or 'the model'} was patched before, on its own; call patch on that module")
+        if isinstance(host, EngineHost) and any(_extensions(block.module) for block in view_of(host).blocks):
+            raise FastPEFTError(f"{path or 'the model'} carries the method of a model around it; patch that one")
         try:
             spec = family.describe(host)
         except UnsupportedModelError as error:
@@ -109,7 +118,8 @@ def _adopt_hosts(model: nn.Module, strict: bool, backend: str) -> PatchRecord:
             continue
         prefix = f"{path}." if path else ""
         record.left_alone += [(prefix + block, reason) for block, reason in spec.left_alone]
-        described.append((host, family, spec))
+        if not isinstance(host, EngineHost):
+            described.append((host, family, spec))
     if not found:
         record.left_alone.append(
             ("", f"no transformer that fastpeft knows in {type(model).__name__}; it knows timm's VisionTransformer")
@@ -168,6 +178,10 @@ def _add_method(model: nn.Module, record: PatchRecord, method: Method, train_hea
         state.clock = DropoutClock(int(torch.randint(1 << 62, ())))
         host.add_module("fastpeft_clock", state.clock.to(next(host.parameters()).device))
     record.method, record.train_head = method, train_head
+    record.required_grad = before
+    for keeper in _keepers(model):
+        del keeper.fastpeft_record
+    model.fastpeft_record = record
     model.train(model.training)
 
 
@@ -206,7 +220,8 @@ def _release_hosts(model: nn.Module) -> None:
             del block.fastpeft_block
         release(host)
         del host.fastpeft_host
-    model.__dict__.pop("fastpeft_record", None)
+    for keeper in _keepers(model):
+        del keeper.fastpeft_record
 
 
 def unpatch(model: nn.Module, discard: bool = False) -> nn.Module:
@@ -217,12 +232,18 @@ def unpatch(model: nn.Module, discard: bool = False) -> nn.Module:
         discard: drop the method's tensors if it has not been merged.
 
     Returns:
-        The same model, with `requires_grad` as it was before `patch`.
+        The same model, with `requires_grad` as it was before the method was added.
 
     Raises:
         MethodError: the method's tensors would be lost.
+        FastPEFTError: somebody holds on to a forward of the engine.
     """
-    record = record_of(model) or PatchRecord(required_grad={n for n, p in model.named_parameters() if p.requires_grad})
+    for path, module in model.named_modules():
+        if isinstance(module, Adopted) and replaced(module):
+            raise FastPEFTError(
+                f"the forward of {path or 'the model'} was wrapped after it was patched (by accelerate's hooks, say); "
+                "take the wrapper off before unpatching, and put it back afterwards"
+            )
     extras = sorted({name for _, host in hosts(model) for b in view_of(host).blocks for name in _extensions(b.module)})
     extras += ["mlp_head"] if any(isinstance(m, DeepHead) for m in model.modules()) else []
     if extras and not discard:
@@ -230,11 +251,13 @@ def unpatch(model: nn.Module, discard: bool = False) -> nn.Module:
             f"unpatching would lose {', '.join(extras)}: fold it with fastpeft.merge, keep it with fastpeft.save, "
             "or pass discard=True"
         )
+    records = [(keeper, keeper.__dict__["fastpeft_record"]) for keeper in _keepers(model)]
+    rested = any(host.fastpeft_host.backbone_eval for _, host in hosts(model))
     _release_hosts(model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in record.required_grad)
-    model.train(model.training)
-    return model
+    for keeper, record in records:
+        for name, parameter in keeper.named_parameters():
+            parameter.requires_grad_(record.required_grad.get(name, parameter.requires_grad))
+    return model.train(model.training) if rested else model
 
 
 def refresh(model: nn.Module) -> nn.Module:
