@@ -6,8 +6,8 @@ fastpeft.patch(model, fastpeft.VPT(length=50))
 
 from fastpeft import methods
 from fastpeft.errors import FastPEFTError, MethodError, UnsupportedModelError
-from fastpeft.methods import *  # noqa: F403
 from fastpeft.merge import merge
+from fastpeft.methods import *  # noqa: F403
 from fastpeft.parameters import parameter_groups, trainable_parameters
 from fastpeft.patch import patch, refresh, unpatch
 from fastpeft.saving import load, read_config, save

@@ -24,7 +24,7 @@ def view_of(host: nn.Module) -> ModelView:
 
 def owners(model: nn.Module) -> dict[str, str]:
     """Group of every parameter and buffer: a method's name for its tensors, "head", or "backbone"."""
-    groups = {name: "backbone" for name in model.state_dict()}
+    groups = dict.fromkeys(model.state_dict(), "backbone")
     for prefix, host in hosts(model):
         heads = tuple(f"{prefix}{head}." for head in host.fastpeft_host.spec.heads)
         groups |= {name: "head" for name in groups if name.startswith(heads)}

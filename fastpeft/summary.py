@@ -81,7 +81,7 @@ def summary(model: nn.Module) -> Summary:
     if not fused and not left:
         left.append(("", "not patched"))
     owner = owners(model)
-    sizes = {name: p for name, p in model.named_parameters()}
+    sizes = dict(model.named_parameters())
     trained = {name: p.numel() for name, p in sizes.items() if p.requires_grad}
     backbone = sum(p.numel() for name, p in sizes.items() if owner.get(name, "backbone") == "backbone")
     total = sum(trained.values())
@@ -93,7 +93,7 @@ def summary(model: nn.Module) -> Summary:
         method="none" if method is None else " + ".join(map(repr, method.parts())),
         fused=fused,
         left_alone=left,
-        backends={name: "reference" for name in OPERATORS} if fused else {},
+        backends=dict.fromkeys(OPERATORS, "reference") if fused else {},
         trainable=total,
         head=sum(count for name, count in trained.items() if owner.get(name) == "head"),
         backbone=backbone,

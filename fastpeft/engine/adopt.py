@@ -26,7 +26,7 @@ def _rebuild(mixin: type, base: type) -> nn.Module:
     return copyreg.__newobj__(_combined(mixin, base))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _combined(mixin: type, base: type) -> type:
     return type(base.__name__, (mixin, base), {"__module__": base.__module__, "__qualname__": base.__qualname__})
 

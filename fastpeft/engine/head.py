@@ -8,7 +8,7 @@ from fastpeft.engine.adopt import Adopted
 
 
 class DeepHead(Adopted):
-    """Mixin of an adopted linear head; its child `mlp` holds the hidden layers, its own weight stays the output layer."""
+    """Mixin of an adopted linear head: its child `mlp` holds the hidden layers, its own weight is the output layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         # The hidden layers are fp32 masters on a model of lower precision, BatchNorm's statistics too.

@@ -10,7 +10,7 @@ from fastpeft.engine.hooks import has_hooks
 from fastpeft.ops.lora_linear import LowRankTerm, lora_linear
 
 # A reader takes a wrapped linear layer apart: (plain layer, terms beside it), or None where it cannot, and the layer is
-# then called as a module. Integrations register theirs by class; it is asked at every call, since adapters are switched.
+# then called as a module. It is asked at every call, since adapters may have been switched in between.
 Reader = Callable[[nn.Module], "tuple[nn.Linear, list[LowRankTerm]] | None"]
 _readers: dict[type, tuple[Reader, Callable[[nn.Module], str]]] = {}
 

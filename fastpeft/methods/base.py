@@ -150,7 +150,7 @@ def is_number(value: Any) -> bool:
 
 
 def names(value: Any) -> tuple[Any, ...]:
-    """A field of names as a tuple: one string is one name; what is no sequence becomes a name that no check lets pass."""
+    """A field of names as a tuple; what is no sequence becomes a single name, that no check lets pass unless it is one."""
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 

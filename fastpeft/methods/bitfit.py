@@ -11,7 +11,7 @@ from fastpeft.methods.base import Method, check
 
 @dataclass(frozen=True)
 class BitFit(Method):
-    """Train every bias of the backbone: projections, FFN, LayerNorm shifts, patch embedding ("bias" in the VPT paper)."""
+    """Train every bias of the backbone: projections, FFN, LayerNorms, patch embedding ("bias" in the VPT paper)."""
 
     name: ClassVar[str] = "bitfit"
 

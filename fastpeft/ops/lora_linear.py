@@ -55,14 +55,14 @@ def lora_linear(
     y = F.linear(x, weight, bias)
     out = weight.shape[0]
     down = _down(x, terms)
-    for term, h in zip(terms, down):
+    for term, h in zip(terms, down, strict=True):
         if (term.start, term.stop) == (0, out):
             y = _up(y, h, term)
     if len(splits) == 1:
         return [y]
     parts = list(y.split(list(splits), dim=-1))
     starts = [sum(splits[:i]) for i in range(len(splits))]
-    for term, h in zip(terms, down):
+    for term, h in zip(terms, down, strict=True):
         if (term.start, term.stop) != (0, out):
             index = starts.index(term.start)
             parts[index] = _up(parts[index], h, term)

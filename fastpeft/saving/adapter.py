@@ -92,8 +92,8 @@ def load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
         base = [(name, t) for name, t in _all_tensors(model).items() if name not in tensors]
         if fingerprint(base) != expected:
             raise FastPEFTError(
-                f"{folder} was trained on another base than this {type(model).__name__}: weights, architecture or image "
-                f"size differ" + (f" (it names {config['base_model']!r})" if "base_model" in config else "")
+                f"{folder} was trained on another base than this {type(model).__name__}: weights, architecture or "
+                "image size differ" + (f" (it names {config['base_model']!r})" if "base_model" in config else "")
             )
     fresh = record is None
     patch(model, method, train_head=train_head)

@@ -1,7 +1,7 @@
 """LoRA in the layout of Hugging Face peft.
 
-peft has one pair of factors a module. Slices q, k, v of a fused projection with their own A and B become one pair of rank
-n * r: A stacked, B block-structured, with alpha scaled so that alpha / rank stays. This is exact.
+peft has one pair of factors a module. Slices q, k, v of a fused projection with their own A and B become one pair of
+rank n * r: A stacked, B block-structured, with alpha scaled so that alpha / rank stays. This is exact.
 """
 
 from __future__ import annotations
