@@ -113,15 +113,11 @@ class NativeBuild(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """Tags the wheel by what is in it: pure Python, or a library that suits any Python 3 on this platform."""
-
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.root_is_pure = obstacle() is not None
+    """Tags the wheel by what can be in it: a library for any Python 3 on this platform, or Python code alone."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        python, abi, platform = super().get_tag()
-        return (python, abi, platform) if self.root_is_pure else ("py3", "none", platform)
+        _, _, platform = super().get_tag()
+        return "py3", "none", "any" if obstacle() else platform
 
 
 def _escape(path: Path) -> str:

@@ -1,0 +1,176 @@
+"""Building and installing: the native library is compiled where that is possible, and never missed where it is not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from fastpeft import _native
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = "fastpeft/libfastpeft_cpu.so"
+needs_compiler = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or not any(map(shutil.which, ("c++", "g++", "clang++"))),
+    reason="needs a C++ compiler on Linux",
+)
+HIDE_TORCH = """
+import importlib.util, runpy, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find(name, *rest)
+sys.argv = ["setup.py", *sys.argv[1:]]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    folder = tmp_path / "checkout"
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+    for name in ("fastpeft", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def build_wheel(checkout: Path, *, script: tuple[str, ...] = ("setup.py",), **environment: str):
+    """Build without pip, which would hide the warnings; returns the process and the wheel."""
+    result = subprocess.run(
+        [sys.executable, *script, "-q", "bdist_wheel", "--dist-dir", "dist"],
+        cwd=checkout,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    return result, next(iter((checkout / "dist").glob("*.whl")), None)
+
+
+def contents(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+@needs_compiler
+def test_wheel_with_native_library(checkout):
+    result, wheel = build_wheel(checkout)
+    assert result.returncode == 0, result.stderr
+    assert "without its native library" not in result.stderr
+    names = contents(wheel)
+    assert "-py3-none-linux_" in wheel.name
+    assert LIBRARY in names
+    assert "fastpeft/kernels/__init__.py" in names
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastpeft").rglob("*.py")}
+    assert modules <= names, "every module of the checkout is in the wheel"
+    assert not {name for name in names if name.split("/")[0] in ("tests", "bench", "csrc", "kernels", "configs")}
+
+
+@pytest.mark.parametrize("cause", ["compiler fails", "no compiler", "no torch"])
+def test_without_native_library_is_one_warning(checkout, cause):
+    if cause == "no torch":
+        result, wheel = build_wheel(checkout, script=("-c", HIDE_TORCH))
+        reason = "--no-build-isolation"
+    else:
+        compiler = {"compiler fails": "false", "no compiler": "a-compiler-that-is-not-there"}[cause]
+        result, wheel = build_wheel(checkout, CXX=compiler)
+        reason = {"compiler fails": "the compiler failed", "no compiler": "install g++"}[cause]
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("without its native library") == 1
+    assert reason in result.stderr
+    assert LIBRARY not in contents(wheel)
+    assert "fastpeft/__init__.py" in contents(wheel)
+
+
+def test_native_library_asked_for_must_build(checkout):
+    result, wheel = build_wheel(checkout, CXX="false", FASTPEFT_NATIVE="1")
+    assert result.returncode != 0
+    assert wheel is None
+    assert "FASTPEFT_NATIVE=1" in result.stderr
+
+
+def test_native_library_not_wanted_is_silent(checkout):
+    result, wheel = build_wheel(checkout, FASTPEFT_NATIVE="0")
+    assert result.returncode == 0, result.stderr
+    assert "native library" not in result.stderr
+    assert "-py3-none-any" in wheel.name
+    assert LIBRARY not in contents(wheel)
+
+
+def test_info_names_everything():
+    result = subprocess.run(
+        [sys.executable, "-m", "fastpeft.info"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    for word in ("fastpeft", "torch", "native library", "features", "cuda", "timm", "deepspeed"):
+        assert word in result.stdout
+
+
+@pytest.fixture
+def reopened(monkeypatch):
+    """Forget what was opened, before and after."""
+
+    def forget():
+        _native._open.cache_clear()
+        _native.cpu_features.cache_clear()
+
+    forget()
+    yield monkeypatch
+    monkeypatch.undo()
+    forget()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="compares with Linux's own list")
+def test_native_features_agree_with_the_kernel():
+    if _native.library() is None:
+        pytest.skip(f"native library {_native.status()}")
+    assert _native.cpu_features() == _native._listed_features(Path("/proc/cpuinfo"))
+
+
+def test_request_amx_is_granted_where_it_is_listed():
+    expected = _native.library() is not None and "amx_tile" in _native.cpu_features()
+    assert _native.request_amx() == expected
+
+
+def test_features_without_native_library(reopened, tmp_path):
+    reopened.setattr(_native, "LIBRARY", tmp_path / "absent.so")
+    assert _native.library() is None
+    assert "not built" in _native.status()
+    assert _native.cpu_features() == _native._listed_features(Path("/proc/cpuinfo"))
+    assert not _native.request_amx()
+
+
+def test_listing_is_read_by_name(reopened, tmp_path):
+    listing = tmp_path / "cpuinfo"
+    listing.write_text("processor\t: 0\nflags\t\t: fpu avx2 avx512f amx_tile\n\nflags\t\t: fpu\n")
+    reopened.setattr(_native.platform, "machine", lambda: "x86_64")
+    assert _native._listed_features(listing) == {"avx2", "avx512f", "amx_tile"}
+    assert _native._listed_features(tmp_path / "absent") == frozenset()
+    reopened.setattr(_native.platform, "machine", lambda: "aarch64")
+    assert _native._listed_features(listing) == frozenset()
+
+
+def test_damaged_library_is_one_warning(reopened, tmp_path):
+    damaged = tmp_path / "libfastpeft_cpu.so"
+    damaged.write_bytes(b"not a shared library")
+    reopened.setattr(_native, "LIBRARY", damaged)
+    with pytest.warns(RuntimeWarning, match="without its native CPU library") as caught:
+        for _ in range(3):
+            assert _native.library() is None
+    assert len(caught) == 1
+    assert "cannot be loaded" in _native.status()
+
+
+def test_library_of_other_sources_is_refused(reopened):
+    if _native.library() is None:
+        pytest.skip(f"native library {_native.status()}")
+    _native._open.cache_clear()
+    reopened.setattr(_native, "INTERFACE", _native.INTERFACE + 1)
+    with pytest.warns(RuntimeWarning, match="built from other sources"):
+        assert _native.library() is None
