@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from fastpeft.engine.block import lost_layer
 from fastpeft.engine.description import child
 from fastpeft.engine.hooks import any_hooks
 from fastpeft.engine.linear import why_opaque
+from fastpeft.engine.view import BlockView
+from fastpeft.models.wrappers import wrapped
 from fastpeft.parameters import hosts, owners, view_of
 from fastpeft.patch import record_of
 
@@ -67,17 +70,21 @@ def summary(model: nn.Module) -> Summary:
     record = record_of(model)
     left = list(record.left_alone) if record else []
     fused = []
+    looked_into: set[str] = set()
     for prefix, host in hosts(model):
         for block in view_of(host).blocks:
             path = prefix + block.path
-            if any_hooks(block.module):
-                left.append((path, "an inner module carries hooks, so every row runs through every module"))
-            roles = {place.path for place in block.spec.roles.values()}
-            left += [(f"{path}.{r}", why) for r in sorted(roles) if (why := why_opaque(child(block.module, r)))]
             what = ["attention"] + ([] if block.spec.opaque_mlp else ["mlp"])
-            if block.spec.opaque_mlp:
-                left.append((f"{path}.{block.spec.mlp}", "not a two-layer MLP; called as a module"))
             fused.append((path, " + ".join(what + list(block.module.fastpeft_block.extensions))))
+            looked_into |= {f"{path}.{place.path}" for place in block.spec.roles.values()}
+            left += _left_alone(path, block)
+    if fused:
+        listed = tuple(f"{path}." for path, _ in left)
+        left += [
+            (path, f"{what}, outside of the layers that the engine runs; called as a module")
+            for path, what in wrapped(model)
+            if path not in looked_into and not f"{path}.".startswith(listed)
+        ]
     if not fused and not left:
         left.append(("", "not patched"))
     owner = owners(model)
@@ -101,3 +108,18 @@ def summary(model: nn.Module) -> Summary:
         bytes={"model": sum(stored.values()), "packed": 0},
         merged=record.merged if record else None,
     )
+
+
+def _left_alone(path: str, block: BlockView) -> list[tuple[str, str]]:
+    """What of a block the engine runs by the reference path only, or calls as a module."""
+    lost = lost_layer(block.module, block.spec)
+    if lost:
+        return [(path, f"{lost} is gone, its container was wrapped since; the model's own block runs")]
+    found = []
+    if any_hooks(block.module):
+        found.append((path, "an inner module carries hooks, so every row runs through every module"))
+    layers = sorted({place.path for place in block.spec.roles.values()})
+    found += [(f"{path}.{layer}", why) for layer in layers if (why := why_opaque(child(block.module, layer)))]
+    if block.spec.opaque_mlp:
+        found.append((f"{path}.{block.spec.mlp}", "not a two-layer MLP; called as a module"))
+    return found

@@ -27,8 +27,25 @@ def register_reader(kind: type, reader: Reader, explain: Callable[[nn.Module], s
 
 
 def is_plain(module: nn.Module) -> bool:
-    """An nn.Linear whose forward is nn.Linear's own and whom nobody listens to."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not has_hooks(module)
+    """An nn.Linear with nn.Linear's own forward, a dense weight of its own, and nobody who listens."""
+    return (
+        isinstance(module, nn.Linear)
+        and type(module).forward is nn.Linear.forward
+        and "parametrizations" not in module._modules
+        and type(module.weight) in (nn.Parameter, Tensor)
+        and not has_hooks(module)
+    )
+
+
+def why_not_plain(module: nn.Module) -> str:
+    """Why a layer is not plain, as the rest of a sentence about it."""
+    if has_hooks(module):
+        return "carries hooks or a replaced forward"
+    if "parametrizations" in module._modules:
+        return "has a parametrised weight"
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        return f"stores its weight as a {type(module.weight).__name__}"
+    return f"is a {type(module).__module__}.{type(module).__name__}"
 
 
 def read(module: nn.Module) -> tuple[nn.Linear, list[LowRankTerm]] | None:
@@ -45,11 +62,9 @@ def why_opaque(module: nn.Module) -> str | None:
     """Why a layer is called as a module instead of being fused, or None if it is fused."""
     if read(module) is not None:
         return None
-    if has_hooks(module):
-        return "it carries hooks"
-    if type(module) in _readers:
+    if type(module) in _readers and not has_hooks(module):
         return _readers[type(module)][1](module)
-    return f"a {type(module).__module__}.{type(module).__name__} is not a layer that fastpeft can look into"
+    return f"it {why_not_plain(module)}, which is called as a module"
 
 
 def project(
