@@ -89,11 +89,11 @@ def open_splits(data: Any, image_size: int, mean: Sequence[float], std: Sequence
     if request.name not in _READERS:
         raise DataError(f"data: name: expected one of {', '.join(_READERS)}, got '{request.name}'")
     sources, class_names = _READERS[request.name](request)
-    if request.val_fraction:
-        _hold_out(sources, request)
     if request.train_size is not None and request.train_size < len(sources["train"].labels):
         chosen = np.sort(_even_order(sources["train"].labels, request.seed)[: request.train_size])
         sources["train"] = sources["train"].subset(chosen)
+    if request.val_fraction:
+        _hold_out(sources, request)
     if request.test_size is not None:
         sources["test"] = sources["test"].subset(range(min(request.test_size, len(sources["test"].labels))))
 
