@@ -51,6 +51,8 @@ class Stepper:
                 # step() is the boundary, so that an epoch's last batch may hold fewer micro-batches than the others.
                 "managed_gradient_accumulation": False,
                 "zero_optimization": {"stage": zero},
+                # DeepSpeed clips to a norm of 1 unless told not to; the papers' protocols do not clip.
+                "gradient_clipping": 0.0,
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": None,
             },
