@@ -20,9 +20,9 @@ METHODS = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_rank():
-    """A process group of this process alone."""
+    """A process group of this process alone; DeepSpeed remembers the first that it sees, so all tests share it."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
