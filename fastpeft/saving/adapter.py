@@ -95,13 +95,13 @@ def load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
                 f"{folder} was trained on another base than this {type(model).__name__}: weights, architecture or "
                 "image size differ" + (f" (it names {config['base_model']!r})" if "base_model" in config else "")
             )
-    fresh = record is None
     patch(model, method, train_head=train_head)
     try:
         _restore(model, tensors, folder)
-    except FastPEFTError:
-        if fresh:
-            unpatch(model, discard=True)
+    except BaseException:
+        unpatch(model, discard=True)
+        if record is not None:
+            patch(model, backend=record.backend)
         raise
     return model
 

@@ -6,7 +6,9 @@ rank n * r: A stacked, B block-structured, with alpha scaled so that alpha / ran
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from typing import Any
 
 import torch
@@ -19,7 +21,21 @@ from fastpeft.methods.lora import LoRA
 from fastpeft.models.families import find_hosts
 
 _ROOT = "base_model.model."
-KEYS = {"peft_type", "r", "lora_alpha", "target_modules", "modules_to_save"}
+
+# Entries of peft's config that `to_peft` writes; metadata must not take their names.
+KEYS = frozenset(
+    "peft_type task_type inference_mode r lora_alpha lora_dropout bias init_lora_weights target_modules "
+    "modules_to_save rank_pattern alpha_pattern".split()
+)
+# Entries that say nothing about the adapted function beyond what the tensors say, or that `from_peft` reads. Any other
+# one that is set (DoRA, replicated layers, what later releases bring) changes the function in a way not known here.
+_READ = KEYS | frozenset(
+    "auto_mapping base_model_name_or_path ensure_weight_tying eva_config exclude_modules layers_pattern "
+    "layers_to_transform megatron_core peft_version qalora_group_size revision runtime_config use_rslora "
+    "weights_sha256".split()
+)
+# Initialisations that leave the base's weights as they are; PiSSA, OLoRA and others move a part into the factors.
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def fits(method: Method) -> bool:
@@ -66,19 +82,23 @@ def to_peft(model: nn.Module, method: LoRA, tensors: dict[str, Tensor]) -> tuple
     for name, tensor in tensors.items():
         if ".lora." not in name:
             out[_ROOT + name] = tensor
-    patterns = {path: rank for path, rank in ranks.items() if rank != method.rank}
+    # A rank of its own goes into the patterns, so that r says what most layers have.
+    counts = Counter(ranks.values())
+    rank = max(counts, key=counts.__getitem__)
+    patterns = {path: own for path, own in ranks.items() if own != rank}
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": None,
         "inference_mode": True,
-        "r": method.rank,
-        "lora_alpha": method.scale * method.rank,
+        "r": rank,
+        "lora_alpha": method.scale * rank,
         "lora_dropout": method.dropout,
         "bias": "none",
+        "init_lora_weights": True,
         "target_modules": sorted(ranks),
         "modules_to_save": heads or None,
         "rank_pattern": patterns,
-        "alpha_pattern": {path: method.scale * rank for path, rank in patterns.items()},
+        "alpha_pattern": {path: method.scale * own for path, own in patterns.items()},
     }
     return config, out
 
@@ -111,39 +131,89 @@ def from_peft(
     """Method, train_head and tensors of a folder that peft wrote.
 
     Raises:
-        FastPEFTError: it is not plain LoRA of one rank on projections of every block, said which way.
+        FastPEFTError: it is not plain LoRA of one rank and scale on projections of every block, with or without the
+            head; says which entry, layer or tensor is in the way.
     """
-    if config.get("peft_type") != "LORA":
-        raise FastPEFTError(f"a peft adapter of type {config.get('peft_type')!r} cannot be loaded; only LORA can")
-    for option in ("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias", "layer_replication", "rank_pattern"):
-        if config.get(option):
-            raise FastPEFTError(f"a peft adapter with {option} cannot be loaded; patch the peft model itself instead")
-    if config.get("bias", "none") != "none" or config.get("alpha_pattern"):
-        raise FastPEFTError("a peft adapter with trained biases or alpha_pattern cannot be loaded")
+    _check_config(config)
     prefix, spec = _host(model)
     pattern = re.compile(re.escape(_ROOT + prefix) + r"(.+)\.lora_(A|B)\.weight")
-    placed = {
-        f"{block}.{p.path}": (block, block_spec) for block, block_spec in spec.blocks for p in block_spec.roles.values()
-    }
-    out, found = {}, set()
+    placed = {f"{block}.{p.path}": (block, b) for block, b in spec.blocks for p in b.roles.values()}
+    heads = tuple(f"{prefix}{head}." for head in spec.heads)
+    out: dict[str, Tensor] = {}
+    layers: dict[str, tuple[str, str]] = {}
     for name, tensor in tensors.items():
         match = pattern.fullmatch(name)
         if match is None:
-            if ".lora_" in name:
-                raise FastPEFTError(f"{name} is outside of the model's blocks")
-            out[name.removeprefix(_ROOT).replace(".modules_to_save.default", "")] = tensor
+            own = name.removeprefix(_ROOT).replace(".modules_to_save.default", "")
+            if not own.startswith(heads) or ".lora_" in own:
+                raise _refusal(f"{name} is neither LoRA on a projection in the blocks nor the head")
+            out[own] = tensor
             continue
         layer, factor = match.groups()
         if layer not in placed:
-            raise FastPEFTError(f"{name} is not on a projection that fastpeft runs")
+            raise _refusal(f"{name} is not on a projection that fastpeft runs")
         block, block_spec = placed[layer]
         # A pair for the whole layer: the role that spans it.
         roles = {r: p for r, p in block_spec.roles.items() if f"{block}.{p.path}" == layer}
         role = max(roles, key=lambda r: roles[r].out_features)
         out[f"{prefix}{block}.lora.{role}.{factor}"] = tensor
-        found.add((block, role))
-    targets = tuple(sorted({role for _, role in found}))
-    if len(found) != len(targets) * len(spec.blocks):
-        raise FastPEFTError("the peft adapter is not on every block; patch the peft model itself instead")
-    method = LoRA(config["r"], config["lora_alpha"], targets, config.get("lora_dropout", 0.0))
+        layers[layer] = (block, role)
+    if not layers:
+        raise _refusal("it holds no LoRA tensors")
+    targets = tuple(sorted({role for _, role in layers.values()}))
+    for block, block_spec in spec.blocks:
+        for role in targets:
+            if (block, role) not in layers.values():
+                raise _refusal(f"{block}.{block_spec.roles[role].path} has no LoRA while other blocks have")
+    rank, scale = _one_rank_and_scale(config, tensors, prefix, sorted(layers))
+    method = LoRA(rank, scale * rank, targets, config.get("lora_dropout", 0.0))
     return method, any(".lora." not in name for name in out), out
+
+
+def _refusal(reason: str) -> FastPEFTError:
+    return FastPEFTError(
+        f"the peft adapter cannot be loaded: {reason}. Load it with peft.PeftModel.from_pretrained and call "
+        "fastpeft.patch on that model"
+    )
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise _refusal(f"its type is {config.get('peft_type')!r}, and only LORA is known")
+    if config.get("bias", "none") != "none":
+        raise _refusal(f"it trains biases (bias={config['bias']!r})")
+    init = config.get("init_lora_weights", True)
+    if init not in _INITS:
+        raise _refusal(f"init_lora_weights={init!r} changed the base's weights")
+    for name in sorted(set(config) - _READ):
+        if config[name]:
+            raise _refusal(f"{name}={config[name]!r} is not plain LoRA")
+
+
+def _one_rank_and_scale(
+    config: dict[str, Any], tensors: dict[str, Tensor], prefix: str, layers: list[str]
+) -> tuple[int, float]:
+    """The rank and alpha / rank that all layers share."""
+    found: dict[tuple[int, float], str] = {}
+    for layer in layers:
+        try:
+            rank = tensors[f"{_ROOT}{prefix}{layer}.lora_A.weight"].shape[0]
+            tensors[f"{_ROOT}{prefix}{layer}.lora_B.weight"]
+        except KeyError as error:
+            raise _refusal(f"it lacks {error.args[0]}") from None
+        alpha = _matching(config.get("alpha_pattern"), prefix + layer, config.get("lora_alpha", 8))
+        if not isinstance(alpha, (int, float)) or not alpha > 0:
+            raise _refusal(f"lora_alpha of {layer} is {alpha!r}, and a positive number was expected")
+        found.setdefault((rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)), layer)
+    if len(found) > 1:
+        (one, first), (other, second), *_ = found.items()
+        raise _refusal(
+            f"{first} has rank {one[0]} and scale {one[1]:g}, {second} has rank {other[0]} and scale {other[1]:g}; "
+            "fastpeft.LoRA has one of each"
+        )
+    return next(iter(found))
+
+
+def _matching(pattern: dict[str, Any] | None, name: str, default: Any) -> Any:
+    """The value whose key, a regular expression for the end of a module's path, fits first; peft looks it up so."""
+    return next((v for key, v in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
