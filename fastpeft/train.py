@@ -46,7 +46,6 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(first, str(error), 1)
     except KeyboardInterrupt:
         return _fail(first, "interrupted; the same command continues from the last checkpoint", 130)
-    launch.stop()
     return 0
 
 
@@ -56,5 +55,14 @@ def _fail(speak: bool, message: str, code: int) -> int:
     return code
 
 
+def _leave(code: int) -> None:
+    """Exit, closing the connection between ranks unless another one has failed and waits for nobody."""
+    if code == 0:
+        from fastpeft.trainer import launch
+
+        launch.stop()
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

@@ -62,6 +62,12 @@ class RunFolder:
                     raise FolderBusyError(f"out: another run is training into {self.root}") from None
                 time.sleep(0.2)
 
+    def release(self) -> None:
+        """Let the next run have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
     def clear(self) -> None:
         """Remove what an earlier run left, and nothing else."""
         for path in (self.checkpoints, self.adapter, self.logs):

@@ -49,7 +49,9 @@ _LAUNCHER_VARIABLES = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
 
 
 def start(ranks: Ranks) -> None:
-    """Choose DeepSpeed's accelerator, quieten it, divide the cores, and connect the ranks."""
+    """Choose DeepSpeed's accelerator, quieten it, divide the cores, and connect the ranks; once a process."""
+    if torch.distributed.is_initialized():
+        return
     on_cpu = ranks.device.type == "cpu"
     if on_cpu:
         # DeepSpeed's own detection ends at the same answer, after a warning that there is no GPU.

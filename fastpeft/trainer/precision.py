@@ -37,10 +37,19 @@ def _cpu_flags() -> set[str]:
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Put frozen parameters into `dtype`; trained ones stay fp32 masters, and buffers stay as they are."""
-    for parameter in model.parameters():
-        if not parameter.requires_grad and parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+    """Put frozen parameters into `dtype`; trained ones stay fp32 masters, and buffers stay as they are.
+
+    A matrix product is happy with a frozen weight beside a trained bias. A normalisation wants both in one format, so
+    where its bias is trained its frozen weight stays fp32 too.
+    """
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        products = (nn.Linear, nn.modules.conv._ConvNd)
+        if not isinstance(module, products) and len({parameter.requires_grad for parameter in own}) > 1:
+            continue
+        for parameter in own:
+            if not parameter.requires_grad and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:

@@ -35,17 +35,27 @@ def run(config: Config, source: str, fresh: bool, report: Reporter, ranks: launc
     """
     started = time.monotonic()
     folder = RunFolder(config.out)
-    with blame(source, None):
-        if ranks.first:
-            folder.take()
-            if fresh:
-                folder.clear()
-            folder.claim(config)
-    finished = folder.finished() if not fresh else None
-    if finished is not None:
-        report.say(f"{folder.root} is finished; --fresh would train again")
-        _close(finished, folder, report)
-        return finished
+    try:
+        with blame(source, None):
+            if ranks.first:
+                folder.take()
+                if fresh:
+                    folder.clear()
+                folder.claim(config)
+        finished = folder.finished() if not fresh else None
+        if finished is not None:
+            report.say(f"{folder.root} is finished; --fresh would train again")
+            _close(finished, folder, report)
+            return finished
+        return _train(config, source, folder, report, ranks, started)
+    finally:
+        folder.release()
+
+
+def _train(
+    config: Config, source: str, folder: RunFolder, report: Reporter, ranks: launch.Ranks, started: float
+) -> dict[str, Any]:
+    """Train from the last checkpoint, or from the beginning, to the end."""
     task, model = prepare(config, source)
     launch.start(ranks)
     report.say(f"data      {task.splits.description}")
@@ -147,6 +157,7 @@ def _export(task: Task, tensors: dict[str, torch.Tensor], epoch: int, folder: Ru
         folder.adapter,
         base_model=config.model.name,
         weights=config.model.weights,
+        init_seed=task.init_seed,
         image_size=config.model.image_size,
         num_classes=task.num_classes,
         mean=task.mean,

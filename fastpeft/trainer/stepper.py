@@ -12,8 +12,12 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-# What SGD with momentum and AdamW keep beside each parameter.
-STATE_KEYS = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+
+def _state_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """What an optimizer keeps beside each parameter, a step count aside."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        return ("exp_avg", "exp_avg_sq")
+    return ("momentum_buffer",) if optimizer.defaults["momentum"] else ()
 
 
 class _Trained(nn.Module):
@@ -43,6 +47,7 @@ class Stepper:
         self.named = dict(named)
         self.optimizer = optimizer
         self.zero = zero
+        self._keys = _state_keys(optimizer)
         self._engine, *_ = deepspeed.initialize(
             model=_Trained(list(self.named.values())),
             optimizer=optimizer,
@@ -57,6 +62,8 @@ class Stepper:
                 "steps_per_print": None,
             },
         )
+        if zero:
+            self._create_partitioned_state()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add a micro-batch's gradients; `step` averages them over ranks."""
@@ -76,7 +83,7 @@ class Stepper:
         tensors = {}
         for name, parameter in self.named.items():
             tensors[f"param/{name}"] = parameter.detach().cpu().clone()
-        for key in self._state_keys():
+        for key in self._keys:
             for name, parameter in self.named.items():
                 tensors[f"{key}/{name}"] = self._state_of(parameter, key).detach().cpu().clone()
         return tensors
@@ -87,17 +94,13 @@ class Stepper:
 
     def load(self, tensors: Mapping[str, torch.Tensor], steps_taken: int) -> None:
         """Continue from what `tensors` and `steps_taken` returned."""
-        keys = [key for key in STATE_KEYS if any(name.startswith(f"{key}/") for name in tensors)]
         self.load_parameters({name: tensors[f"param/{name}"] for name in self.named})
         if self.zero:
-            self._load_partitioned(tensors, keys, steps_taken)
+            self._load_partitioned(tensors, steps_taken)
             return
         for name, parameter in self.named.items():
-            state = {key: tensors[f"{key}/{name}"].to(parameter.device, copy=True) for key in keys}
-            if "exp_avg" in state:
-                state["step"] = torch.tensor(float(steps_taken))
-            if state:
-                self.optimizer.state[parameter] = state
+            values = {key: tensors[f"{key}/{name}"].to(parameter.device, copy=True) for key in self._keys}
+            self.optimizer.state[parameter] = values | self._step_count(steps_taken)
 
     @torch.no_grad()
     def load_parameters(self, values: Mapping[str, torch.Tensor]) -> None:
@@ -105,27 +108,31 @@ class Stepper:
         for name, parameter in self.named.items():
             parameter.copy_(values[name])
 
-    def _load_partitioned(self, tensors: Mapping[str, torch.Tensor], keys: list[str], steps_taken: int) -> None:
-        """Fill this rank's flat partition of each group, creating the optimizer's state as its first step would."""
+    def _step_count(self, steps_taken: int) -> dict[str, torch.Tensor]:
+        return {"step": torch.tensor(float(steps_taken))} if isinstance(self.optimizer, torch.optim.AdamW) else {}
+
+    def _create_partitioned_state(self) -> None:
+        """Give every group's flat partition the state that its first step would start from.
+
+        DeepSpeed maps optimizer state to parameters once, after the first group's first step, when the other groups
+        have none yet; so the state of all groups is made and mapped here.
+        """
+        partitioned = self._engine.optimizer
+        for flat in partitioned.single_partition_of_fp32_groups:
+            state = {key: torch.zeros_like(flat, requires_grad=False) for key in self._keys}
+            self.optimizer.state[flat] = state | self._step_count(0)
+        partitioned._lazy_init_hp_params_optimizer_state()
+
+    def _load_partitioned(self, tensors: Mapping[str, torch.Tensor], steps_taken: int) -> None:
+        """Fill this rank's flat partition of each group."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        partitioned = self._engine.optimizer
-        if keys:
-            for flat in partitioned.single_partition_of_fp32_groups:
-                state = {key: torch.zeros_like(flat, requires_grad=False) for key in keys}
-                if "exp_avg" in state:
-                    state["step"] = torch.tensor(float(steps_taken))
-                self.optimizer.state[flat] = state
-            partitioned._lazy_init_hp_params_optimizer_state()
+        for state in self.optimizer.state.values():
+            state |= self._step_count(steps_taken)
         for name, parameter in self.named.items():
             safe_set_full_fp32_param(parameter, tensors[f"param/{name}"].to(parameter.device))
-            for key in keys:
+            for key in self._keys:
                 safe_set_full_optimizer_state(parameter, tensors[f"{key}/{name}"].to(parameter.device), key)
-
-    def _state_keys(self) -> list[str]:
-        """The keys that are there: none before the first step."""
-        present = {key for state in self.optimizer.state.values() for key, value in state.items() if value is not None}
-        return [key for key in STATE_KEYS if key in present]
 
     def _state_of(self, parameter: nn.Parameter, key: str) -> torch.Tensor:
         if not self.zero:

@@ -38,13 +38,18 @@ class Task:
     mean: list[float]
     std: list[float]
 
+    @property
+    def init_seed(self) -> int:
+        """The seed under which the model is built, random base weights included."""
+        return mix(self.config.train.seed, INIT)
+
     def build(self) -> nn.Module:
         """A new fp32 model on the CPU, patched and initialised; the same one every time."""
         from fastpeft.models.build import build_model
 
         model_config, train = self.config.model, self.config.train
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mix(train.seed, INIT))
+            torch.manual_seed(self.init_seed)
             with blame(self.source, "model"):
                 model = build_model(
                     model_config.name, self.num_classes, model_config.image_size, weights=model_config.weights
