@@ -7,7 +7,6 @@ format's published definition.
 from __future__ import annotations
 
 import dataclasses
-import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,10 +46,9 @@ def read_onnx(path: Path) -> Graph:
         FastPEFTError: The file is not ONNX, or is cut short.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            with memoryview(mapped) as view:
-                return _graph(view)
-    except (OSError, ValueError, IndexError, UnicodeDecodeError) as error:
+        return _graph(memoryview(path.read_bytes()))
+    # What a damaged message can lead to: wrong lengths, text that is none, a number in place of a message.
+    except (OSError, ValueError, IndexError, TypeError, OverflowError) as error:
         raise FastPEFTError(f"{path}: cannot be read as an ONNX file: {error}") from error
 
 

