@@ -51,7 +51,7 @@ class Settings:
 
     def plain(self) -> nn.Module:
         """Create the plain float32 model on the CPU."""
-        options = {"embed_dim": 48, "num_heads": 3, "depth": 2} if self.tiny else {}
+        options = {"embed_dim": 256, "num_heads": 4, "depth": 2} if self.tiny else {}
         return create_model(self.model, _CLASSES, self.image_size, **options)
 
     def batch_of(self, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +78,7 @@ def verify_rows(settings: Settings) -> Iterator[Row]:
 
 def _verify(settings: Settings, method: str, dtype: torch.dtype, training: bool) -> dict[str, object]:
     model = settings.plain().to(settings.device)
-    images, labels = settings.batch_of(2 if settings.tiny else 8, torch.float32)
+    images, labels = settings.batch_of(64 if settings.tiny else 32, torch.float32)
     deviations = compare(model, METHODS[method](), images, labels, dtype=dtype, training=training)
     worst = max(deviations, key=lambda d: d.fused / d.bound)
     return {

@@ -102,7 +102,7 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def floor(model: nn.Module, rows: int) -> Step:
+def floor(model: nn.Module, rows: int, dtype: torch.dtype | None = None) -> Step:
     """Return a step that runs only the unavoidable matrix products of a training step of a vision transformer.
 
     These are, for every linear layer of the backbone's blocks, the forward product; the input-gradient product from the
@@ -112,16 +112,18 @@ def floor(model: nn.Module, rows: int) -> Step:
     Args:
         model: A timm vision transformer with `requires_grad` set as in training, plain or literal.
         rows: Token rows of a batch, images times tokens of an image (prompts not counted).
+        dtype: Type of the products, where autocast makes it another than the weights'.
     """
     products: list[tuple[torch.Tensor, bool, bool]] = []
-    gradient = any(p.requires_grad for name, p in model.named_parameters() if not name.startswith(("blocks.", "head")))
+    later = ("blocks.", "norm.", "fc_norm.", "attn_pool.", "head")
+    gradient = any(p.requires_grad for name, p in model.named_parameters() if not name.startswith(later))
     for block in model.blocks:
         gradient = gradient or any(p.requires_grad for p in block.parameters())
         for part in (block.attn, block.mlp):
             for module in part.modules():
                 if isinstance(module, nn.Linear):
                     weight = module.weight
-                    products.append((weight.detach(), gradient, weight.requires_grad))
+                    products.append((weight.detach().to(dtype or weight.dtype), gradient, weight.requires_grad))
 
     buffers: dict[int, torch.Tensor] = {}
     for weight, _, _ in products:

@@ -1,0 +1,100 @@
+"""Timing and memory figures: what they count, checked where the answer is known."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import memory, timing
+from bench.cases import METHODS, build, create_model, token_rows
+from bench.record import Record
+
+
+def test_variants_take_turns_in_changing_order():
+    calls = []
+    found = timing.interleave({name: (lambda n=name: calls.append(n)) for name in "abc"}, turns=3, warmup=0)
+    assert "".join(calls) == "abcbcacab"
+    assert {name: figures.turns for name, figures in found.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_a_spent_budget_still_gives_three_turns():
+    assert timing.interleave({"a": lambda: None}, turns=50, budget=0.0)["a"].turns == 3
+
+
+def test_summary_of_seconds():
+    figures = timing.Timing.of([0.005, 0.001, 0.002, 0.003, 0.004, 0.006])
+    assert (figures.median, figures.p20, figures.p80) == (0.0035, 0.002, 0.005)
+    assert figures.to_dict(per=2)["median_ms"] == pytest.approx(1.75)
+
+
+@pytest.mark.parametrize(
+    ("name", "products"),
+    [
+        ("linear", {"forward": 8}),
+        ("partial-1", {"forward": 8, "input": 4, "weight": 4}),
+        ("vpt-deep-1", {"forward": 8, "input": 8}),
+        ("full", {"forward": 8, "input": 8, "weight": 8}),
+    ],
+)
+def test_floor_runs_the_products_that_training_needs(name, products):
+    model = build("literal", METHODS[name](), create_model("vit_tiny_patch16_224", image_size=32, depth=2))
+    step = timing.floor(model, token_rows(model, 2))
+    counted = FlopCounterMode(display=False)
+    with counted:
+        step()
+    one_forward = sum(
+        2 * token_rows(model, 2) * layer.weight.numel()
+        for block in model.blocks
+        for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
+    )
+    assert counted.get_total_flops() == one_forward * sum(products.values()) / 8
+
+
+def test_saved_bytes_counts_storages_once_and_no_weight():
+    layer = torch.nn.Linear(4, 3, bias=False)
+    layer.weight.requires_grad_(False)
+    x = torch.randn(5, 4, requires_grad=True)
+    assert memory.saved_bytes(lambda: layer(x), layer) == 0
+    assert memory.saved_bytes(lambda: x.exp() + x.exp(), layer) == 2 * x.nbytes
+    assert memory.saved_bytes(lambda: (x * x).sum(), layer) == x.nbytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_resident_peak_sees_what_is_freed_again():
+    with memory.ResidentPeak() as peak:
+        torch.ones(64 * 2**20, dtype=torch.uint8)
+    assert 64 * 2**20 <= peak.bytes < 100 * 2**20
+
+
+def test_a_failing_subprocess_gives_its_last_words():
+    with pytest.raises(RuntimeError, match=r"No module named bench\.nothing"):
+        memory.in_subprocess("bench.nothing")
+
+
+def test_environment_names_machine_versions_command_and_date():
+    found = timing.environment()
+    assert found["versions"]["torch"] == torch.__version__.split("+")[0] or found["versions"]["torch"]
+    assert found["device"] and found["command"].startswith("python") and found["date"].startswith("20")
+
+
+def test_record_adds_rows_over_runs(tmp_path):
+    path = tmp_path / "device.json"
+    first = Record(path, "cpu")
+    first.add("steps", "a", {"x": 1})
+    first.add("steps", "b", {"error": "no memory"})
+    second = Record(path, "cpu")
+    assert second.done("steps", "a") and not second.done("steps", "b") and not second.done("verify", "a")
+    second.add("steps", "b", {"x": 2})
+    data = json.loads(path.read_text())
+    assert [row["run"] for row in data["parts"]["steps"].values()] == [0, 1] and len(data["runs"]) == 2
+
+
+def test_record_refuses_another_device(tmp_path):
+    path = tmp_path / "device.json"
+    path.write_text(json.dumps({"runs": [{"device": "Another"}], "parts": {}}))
+    with pytest.raises(ValueError, match="results of Another"):
+        Record(path, "cpu")
