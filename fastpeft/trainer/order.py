@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy
@@ -121,7 +121,7 @@ def training_batches(
             counts.append(part.counted)
             yield part.keys
 
-    loader = DataLoader(Keyed(dataset), batch_sampler=keys(), collate_fn=collate, num_workers=workers)
+    loader = _loader(dataset, keys(), workers)
     # The loader runs ahead of what it has yielded, so counts are taken from the front in the order of the keys.
     for batch in loader:
         yield *_whole(batch), counts.pop(0)
@@ -133,8 +133,20 @@ def evaluation_batches(
     """Every `world`-th image of a split, starting at `rank`: all ranks together see each image once."""
     keys = [(0, index) for index in range(rank, len(dataset), world)]
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
-    for batch in DataLoader(Keyed(dataset), batch_sampler=batches, collate_fn=collate, num_workers=workers):
+    for batch in _loader(dataset, batches, workers):
         yield _whole(batch)
+
+
+def _loader(dataset: Dataset, batches: Iterable[list[tuple[int, int]]], workers: int) -> DataLoader:
+    # A loader draws a seed for its processes when it starts. From torch's own generator that would shift what the
+    # steps draw, by where the run was resumed.
+    return DataLoader(
+        Keyed(dataset),
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        generator=torch.Generator(),
+    )
 
 
 def _whole(batch):

@@ -1,0 +1,177 @@
+"""A run killed at any moment continues, and ends with the bytes of the run that was not."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastpeft.trainer.loop import Loop
+from tests.trainer.conftest import ROOT
+
+METHOD = [{"name": "vpt", "length": 3, "dropout": 0.2}, {"name": "lora", "rank": 2, "dropout": 0.1}]
+# Two accumulated micro-batches, an epoch of six steps with a smaller last one, checkpoints out of step with epochs.
+TRAIN = {
+    "epochs": 8,
+    "grad_accumulation": 2,
+    "checkpoint_every": "4 steps",
+    "schedule_by": "step",
+    "lr": {},
+    "base_lr": 0.05,
+}
+
+
+def adapter_bytes(out: Path) -> bytes:
+    return (out / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+class Killed(BaseException):
+    """Stands for a kill where a process of its own would cost seconds: nothing catches it."""
+
+
+def interrupt_after(monkeypatch, steps: int) -> None:
+    """Stop the run in this process just before a step."""
+    step = Loop._step
+
+    def limited(self, batches, logs):
+        if self.position.global_step == steps:
+            raise Killed
+        step(self, batches, logs)
+
+    monkeypatch.setattr(Loop, "_step", limited)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "precision"), [("adamw", "fp32"), ("sgd", "bf16"), ("adamw", "bf16"), ("sgd", "fp16")]
+)
+def test_resuming_anywhere_gives_the_same_bytes(train, write_config, tmp_path, monkeypatch, optimizer, precision):
+    options = TRAIN | {"optimizer": optimizer, "precision": precision, "epochs": 4}
+    data = {"augment": "flip"}
+    assert train(write_config(method=METHOD, data=data, train=options, out=str(tmp_path / "whole")))[0] == 0
+    config = write_config(method=METHOD, data=data, train=options, out=str(tmp_path / "cut"))
+    for steps in (3, 7, 17, 18):
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, steps)
+            with pytest.raises(Killed):
+                train(config)
+    code, out, _ = train(config)
+    assert code == 0 and "resuming  after step 16" in out
+    assert adapter_bytes(tmp_path / "cut") == adapter_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_resuming_with_partitioned_state_gives_the_same_bytes(train, write_config, tmp_path, monkeypatch, zero):
+    options = TRAIN | {"zero": zero, "epochs": 3}
+    assert train(write_config(train=options, out=str(tmp_path / "whole")))[0] == 0
+    config = write_config(train=options, out=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 6)
+        with pytest.raises(Killed):
+            train(config)
+    assert train(config)[0] == 0
+    assert adapter_bytes(tmp_path / "cut") == adapter_bytes(tmp_path / "whole")
+
+
+def test_running_statistics_and_head_dropout_are_resumed(train, write_config, tmp_path, monkeypatch):
+    options = TRAIN | {"grad_accumulation": 1, "epochs": 3}
+    method = {"name": "mlp_head", "k": 2}
+    assert train(write_config(method=method, train=options, out=str(tmp_path / "whole")))[0] == 0
+    config = write_config(method=method, train=options, out=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 9)
+        with pytest.raises(Killed):
+            train(config)
+    assert train(config)[0] == 0
+    assert adapter_bytes(tmp_path / "cut") == adapter_bytes(tmp_path / "whole")
+
+
+def test_the_best_epoch_survives_an_interruption(train, write_config, tmp_path, monkeypatch):
+    measure = Loop.measure
+
+    def falling(self, split):
+        found = measure(self, split)
+        return found | {f"{split}_accuracy": 1 / self.position.epoch}
+
+    monkeypatch.setattr(Loop, "measure", falling)
+    assert train(write_config(train=TRAIN | {"epochs": 3}, out=str(tmp_path / "whole")))[0] == 0
+    config = write_config(train=TRAIN | {"epochs": 3}, out=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 15)
+        with pytest.raises(Killed):
+            train(config)
+    assert train(config)[0] == 0
+    assert adapter_bytes(tmp_path / "cut") == adapter_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_a_damaged_checkpoint_is_left_out_with_a_warning(train, write_config, tmp_path, monkeypatch, damage):
+    options = TRAIN | {"epochs": 3}
+    assert train(write_config(train=options, out=str(tmp_path / "whole")))[0] == 0
+    config = write_config(train=options, out=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 14)
+        with pytest.raises(Killed):
+            train(config)
+    newest = tmp_path / "cut" / "checkpoints" / "step-00000012"
+    tensors = newest / "tensors.safetensors"
+    content = bytearray(tensors.read_bytes())
+    if damage == "truncate":
+        tensors.write_bytes(content[: len(content) // 2])
+    elif damage == "flip":
+        content[-7] ^= 1
+        tensors.write_bytes(content)
+    else:
+        (newest / "state.json").unlink()
+    code, out, err = train(config)
+    assert code == 0 and "resuming  after step 8" in out
+    assert "warning: damaged checkpoint removed" in err and "step-00000012" in err
+    assert adapter_bytes(tmp_path / "cut") == adapter_bytes(tmp_path / "whole")
+
+
+def test_an_interruption_before_the_results_are_written_only_repeats_the_end(
+    train, write_config, tmp_path, monkeypatch
+):
+    from fastpeft.trainer import results
+
+    config = write_config(train=TRAIN | {"epochs": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "draw", lambda *_: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            train(config)
+    before = adapter_bytes(tmp_path / "out")
+    code, out, _ = train(config)
+    assert code == 0 and "resuming  after step 12" in out and "test accuracy" in out
+    assert adapter_bytes(tmp_path / "out") == before
+
+
+def test_sigkill_at_random_moments(command, environment, write_config, tmp_path):
+    """A process of its own, killed while it starts, computes, evaluates or writes, and started again."""
+    options = TRAIN | {"epochs": 30, "checkpoint_every": "3 steps", "warmup_epochs": 0}
+    whole = write_config(method=METHOD, train=options, out=str(tmp_path / "whole"))
+    started = time.monotonic()
+    assert command(whole).returncode == 0
+    length = time.monotonic() - started
+    config = write_config(method=METHOD, train=options, out=str(tmp_path / "cut"))
+    arguments = [sys.executable, str(ROOT / "fastpeft" / "train.py"), "--config", str(config)]
+    # Random, and printed by a failure.
+    seed = random.SystemRandom().randrange(10**6)
+    draw = random.Random(seed)
+    kills = 0
+    for _ in range(3):
+        process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=length * draw.uniform(0.35, 0.8))
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+    assert kills, f"seed {seed}: every run ended before it was killed"
+    last = command(config)
+    assert last.returncode == 0, last.stderr
+    assert adapter_bytes(tmp_path / "cut") == adapter_bytes(tmp_path / "whole"), f"seed {seed}"
