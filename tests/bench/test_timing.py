@@ -67,7 +67,8 @@ def test_saved_bytes_counts_storages_once_and_no_weight():
 def test_resident_peak_sees_what_is_freed_again():
     with memory.ResidentPeak() as peak:
         torch.ones(64 * 2**20, dtype=torch.uint8)
-    assert 64 * 2**20 <= peak.bytes < 100 * 2**20
+    # Less what else the process gave back meanwhile, more what the allocator adds.
+    assert 60 * 2**20 < peak.bytes < 100 * 2**20
 
 
 def test_a_failing_subprocess_gives_its_last_words():
