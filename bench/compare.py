@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -31,6 +32,7 @@ from fastpeft.trainer.report import Reporter
 _ROOT = Path(__file__).resolve().parents[1]
 _QUICKSTART = _ROOT / "configs" / "quickstart.yaml"
 _PROBE_EPOCHS = 100
+_LITERAL_IS = "the same step unfused, every row through every block"
 _MEMORY_IS = "peak resident memory of three training steps less that of the process with model and batch loaded"
 _CUDA_MEMORY_IS = "peak memory allocated during three training steps less that of the loaded model and batch"
 
@@ -94,7 +96,7 @@ def compare(out: Path, run: dict[str, Any], turns: int, budget: float) -> dict[s
     if not (out / "curves.png").exists():
         results.draw(run["history"], out / "curves.png")
     example = _example(Config.model_validate(run["config"]), out)
-    Console().print(table(outcome))
+    Console(highlight=False).print(table(outcome))
     _say_next(report, out, example)
     return outcome
 
@@ -213,28 +215,39 @@ def _memories(out: Path, names: list[str]) -> Iterator[tuple[str, str, int]]:
 
 
 def table(outcome: dict[str, Any]) -> Table:
-    """Lay out the comparison."""
-    title = f"{outcome['run']}: training steps of {outcome['batch_size']} images, {outcome['precision']}"
-    found = Table(title=title, title_justify="left")
-    for heading in ("", "trained", "share", "test acc.", "path", "ms/image", "20-80%", "of floor", "peak memory"):
-        found.add_column(heading, justify="left" if heading in ("", "path") else "right")
+    """Lay out the comparison, one block of lines a method; it fits into 80 columns."""
+    title = f"training steps of {outcome['batch_size']} images, {outcome['precision']}"
+    found = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption_justify="left")
+    for heading in ("", "trained", "test", "", "ms/image", "20-80%", "of floor", "MiB"):
+        found.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name, row in outcome["rows"].items():
-        cells = [name, f"{row['trained_parameters']:,}", f"{row['trained_share']:.2%}", f"{row['test_accuracy']:.2%}"]
-        for path, figures in row["paths"].items():
-            cached = path == "fused" and row["cached_features"]
-            found.add_row(
-                *cells,
-                f"{path}, features cached" if cached else path,
-                f"{figures['median_ms']:.2f}" if figures["median_ms"] >= 0.1 else f"{figures['median_ms']:.4f}",
-                f"{figures['p20_ms']:.2f}-{figures['p80_ms']:.2f}",
-                "" if cached else f"{figures['fraction_of_floor']:.0%}",
-                f"{figures['peak_bytes'] / 2**20:,.0f} MiB",
+        lines = [
+            (
+                "cached" if path == "fused" and row["cached_features"] else path,
+                _milliseconds(figures["median_ms"]),
+                f"{_milliseconds(figures['p20_ms'])}-{_milliseconds(figures['p80_ms'])}",
+                "" if path == "fused" and row["cached_features"] else f"{figures['fraction_of_floor']:.0%}",
+                f"{figures['peak_bytes'] / 2**20:,.0f}",
             )
-            cells = [""] * 4
-        found.add_row(*cells, "matrix products alone", f"{row['floor']['median_ms']:.2f}", end_section=True)
-    found.caption = f"Memory: {outcome['memory']}."
-    found.caption_justify = "left"
+            for path, figures in row["paths"].items()
+        ]
+        lines.append(("floor", _milliseconds(row["floor"]["median_ms"]), "", "", ""))
+        found.add_row(
+            name.replace(", ", "\n"),
+            f"{row['trained_parameters']:,}\n{row['trained_share']:.2%}",
+            f"{row['test_accuracy']:.2%}",
+            *("\n".join(column) for column in zip(*lines, strict=True)),
+            end_section=True,
+        )
+    found.caption = (
+        f"cached: the frozen backbone's features were computed once and are read.  literal: {_LITERAL_IS}.  "
+        f"floor: the step's unavoidable matrix products alone, timed in the same turns.  MiB: {outcome['memory']}."
+    )
     return found
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def _example(config: Config, out: Path) -> Path:
