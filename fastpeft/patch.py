@@ -175,7 +175,7 @@ def _add_method(model: nn.Module, record: PatchRecord, method: Method, train_hea
         raise
     state.backbone_eval = not all(part.backbone_dropout for part in method.parts())
     if any(block.module._modules[name].draws for block in view.blocks for name in _extensions(block.module)):
-        state.clock = DropoutClock(int(torch.randint(1 << 62, ())))
+        state.clock = DropoutClock(int(torch.randint(1 << 62, (), device="cpu")))
         host.add_module("fastpeft_clock", state.clock.to(next(host.parameters()).device))
     record.method, record.train_head = method, train_head
     record.required_grad = before

@@ -30,7 +30,8 @@ class Summary:
         trainable: number of trained parameters.
         head: how many of them are the head's.
         backbone: number of parameters of the backbone.
-        share: trainable / backbone, as the VPT paper counts.
+        total: number of all parameters: the backbone's, the head's and the method's.
+        share: trainable / total, as the VPT paper's cost table counts.
         bytes: of all parameters and buffers, and of what the engine keeps besides ("packed").
         merged: relative error of each folded projection, None before `merge`.
     """
@@ -42,6 +43,7 @@ class Summary:
     trainable: int
     head: int
     backbone: int
+    total: int
     share: float
     bytes: dict[str, int]
     merged: dict[str, float] | None = field(default=None)
@@ -49,7 +51,7 @@ class Summary:
     def __str__(self) -> str:
         lines = [
             f"method      {self.method}",
-            f"trained     {self.trainable:,} parameters ({self.share:.3%} of the backbone's {self.backbone:,}), "
+            f"trained     {self.trainable:,} parameters ({self.share:.3%} of {self.total:,}), "
             f"{self.head:,} of them in the head",
             f"fused       {len(self.fused)} blocks" + (f": {self.fused[0][1]}" if self.fused else ""),
             "backends    " + ", ".join(f"{name}: {backend}" for name, backend in self.backends.items()),
@@ -91,7 +93,7 @@ def summary(model: nn.Module) -> Summary:
     sizes = dict(model.named_parameters())
     trained = {name: p.numel() for name, p in sizes.items() if p.requires_grad}
     backbone = sum(p.numel() for name, p in sizes.items() if owner.get(name, "backbone") == "backbone")
-    total = sum(trained.values())
+    trainable, total = sum(trained.values()), sum(p.numel() for p in sizes.values())
     stored = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()]
     }
@@ -101,10 +103,11 @@ def summary(model: nn.Module) -> Summary:
         fused=fused,
         left_alone=left,
         backends=dict.fromkeys(OPERATORS, "reference") if fused else {},
-        trainable=total,
+        trainable=trainable,
         head=sum(count for name, count in trained.items() if owner.get(name) == "head"),
         backbone=backbone,
-        share=total / backbone if backbone else 0.0,
+        total=total,
+        share=trainable / total if total else 0.0,
         bytes={"model": sum(stored.values()), "packed": 0},
         merged=record.merged if record else None,
     )

@@ -81,8 +81,8 @@ def measure(
     """Relative errors against float64 of the patched and of the literal model, by tensor.
 
     The error of one small tensor is luck, and large where a ReLU's input changes its sign. So errors are geometric
-    means over the blocks and over models drawn afresh, none counted below half a rounding. A gradient that is zero but for
-    rounding is measured against the whole gradient's size.
+    means over the blocks and over models drawn afresh, none counted below half a rounding. A gradient that is zero but
+    for rounding is measured against the whole gradient's size.
 
     Returns:
         name without the block's number -> (patched, literal). "contribution" is what the method adds to the logits.
