@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -10,7 +11,9 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.distributed
@@ -63,11 +66,7 @@ def start(ranks: Ranks) -> None:
         torch.cuda.set_device(ranks.device)
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    deepspeed = _import_deepspeed()
-    if on_cpu:
-        # The shared-memory all-reduce would be compiled for half a minute on first use, to save microseconds on the
-        # few tensors that are trained here.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed = _import_deepspeed(on_cpu)
     backend = "gloo" if on_cpu else "nccl"
     if ranks.world == 1:
         # One process needs no rendezvous, so that several runs on a machine do not compete for a port.
@@ -80,14 +79,40 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _import_deepspeed():
-    import deepspeed
-    from deepspeed.utils import logger
+def _import_deepspeed(on_cpu: bool) -> ModuleType:
+    with _silence():
+        import deepspeed
+        from deepspeed.utils import logger
+
+        if on_cpu:
+            # The shared-memory all-reduce would be compiled for half a minute on first use, to save microseconds on
+            # the few tensors that are trained here.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     logger.setLevel(logging.ERROR)
     for handler in logger.handlers:
         handler.setLevel(logging.ERROR)
     return deepspeed
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Drop what is written to the error stream, by child processes too.
+
+    While it is imported DeepSpeed probes with the system's compiler which of its extensions could be built, and the
+    compiler complains of libraries that no run needs.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def stop() -> None:

@@ -22,7 +22,7 @@ def base_rates(groups: Groups, train: TrainConfig) -> dict[str, float]:
     for name in train.lr:
         if name not in groups:
             near = difflib.get_close_matches(name, groups, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"this run trains: {', '.join(groups)}"
+            hint = f"did you mean '{near[0]}'?" if near else f"this run trains: {', '.join(sorted(groups))}"
             raise ConfigError(f"train.lr.{name}: no such parameter group; {hint}")
     scale = train.batch_size / 256 if train.scale_lr else 1.0
     rates = {}

@@ -17,7 +17,7 @@ from fastpeft.trainer.loop import Loop
 from fastpeft.trainer.report import Reporter
 from fastpeft.trainer.stepper import Stepper
 from fastpeft.trainer.task import Task, blame, prepare
-from fastpeft.trainer.workload import Workload
+from fastpeft.trainer.workload import Workload, deal_images
 
 
 def run(config: Config, source: str, fresh: bool, report: Reporter, ranks: launch.Ranks) -> dict[str, Any]:
@@ -57,10 +57,11 @@ def _train(
 ) -> dict[str, Any]:
     """Train from the last checkpoint, or from the beginning, to the end."""
     task, model = prepare(config, source)
+    deal = deal_images(task, model, ranks)
     launch.start(ranks)
     report.say(f"data      {task.splits.description}")
     _decode(task, report)
-    work = Workload(task, model, ranks, report)
+    work = Workload(task, model, deal, ranks, report)
     summary = fastpeft.summary(work.model)
     report.say(f"model     {config.model.name}, {_method_name(config)}: {summary.trainable:,} parameters trained")
     report.say(f"precision {work.precision}")

@@ -14,6 +14,33 @@ from fastpeft.trainer.report import Reporter
 from fastpeft.trainer.task import Task
 
 
+def deal_images(task: Task, model: nn.Module, ranks: Ranks) -> Deal:
+    """Decide which rank computes what.
+
+    Raises:
+        ConfigError: The batch cannot be dealt evenly, or would fail in the middle of an epoch.
+    """
+    train, size = task.config.train, len(task.splits.train)
+    parts = ranks.world * train.grad_accumulation
+    deal = Deal(size, min(train.batch_size, size), train.seed, train.drop_last, parts)
+    if train.batch_size % parts:
+        raise ConfigError(
+            f"{task.source}: train.batch_size: {train.batch_size} images cannot be dealt evenly to {ranks.world} "
+            f"rank(s) times {train.grad_accumulation} accumulation step(s)"
+        )
+    normalised = any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm) and any(p.requires_grad for p in module.parameters())
+        for module in model.modules()
+    )
+    if normalised and deal.smallest_part() == 1:
+        raise ConfigError(
+            f"{task.source}: train.batch_size: the head's batch normalisation needs two images in every micro-batch, "
+            f"and {size} images in batches of {deal.batch_size} leave one with a single image; choose another batch "
+            "size, or train.drop_last: true"
+        )
+    return deal
+
+
 class Workload:
     """Model, splits and number format, ready to train.
 
@@ -30,18 +57,11 @@ class Workload:
         cached: What was computed once, in words, or None.
     """
 
-    def __init__(self, task: Task, model: nn.Module, ranks: Ranks, report: Reporter) -> None:
+    def __init__(self, task: Task, model: nn.Module, deal: Deal, ranks: Ranks, report: Reporter) -> None:
         config = task.config
         self.task = task
         self.dtype, self.precision = precision.choose(config.train.precision, ranks.device)
-        self.deal = Deal(
-            len(task.splits.train),
-            min(config.train.batch_size, len(task.splits.train)),
-            config.train.seed,
-            config.train.drop_last,
-            ranks.world * config.train.grad_accumulation,
-        )
-        self._check_batches(model, ranks)
+        self.deal = deal
         self.model = model.to(ranks.device)
         precision.cast_frozen(self.model, self.dtype)
         fastpeft.refresh(self.model)
@@ -53,25 +73,6 @@ class Workload:
         self._device, self._forward_dtype = ranks.device, self.dtype
         if config.train.cache_features == "auto" and task.splits.deterministic:
             self._cache(ranks, report)
-
-    def _check_batches(self, model: nn.Module, ranks: Ranks) -> None:
-        """Refuse what would fail in the middle of an epoch."""
-        train = self.task.config.train
-        if train.batch_size % self.deal.parts:
-            raise ConfigError(
-                f"{self.task.source}: train.batch_size: {train.batch_size} images cannot be dealt evenly to "
-                f"{ranks.world} ranks times {train.grad_accumulation} accumulation steps"
-            )
-        normalised = any(
-            isinstance(module, nn.modules.batchnorm._BatchNorm) and any(p.requires_grad for p in module.parameters())
-            for module in model.modules()
-        )
-        if normalised and self.deal.smallest_part() == 1:
-            raise ConfigError(
-                f"{self.task.source}: train.batch_size: the head's batch normalisation needs two images in every "
-                f"micro-batch, and {self.deal.size} images in batches of {self.deal.batch_size} leave one with a "
-                "single image; choose another batch size, or train.drop_last: true"
-            )
 
     def _cache(self, ranks: Ranks, report: Reporter) -> None:
         """Encode every split once, if the model has a frozen prefix whose features are small enough to keep."""

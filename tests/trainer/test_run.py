@@ -84,7 +84,7 @@ def test_half_precision_learns_with_fp32_masters(train, write_config, tmp_path, 
     ],
     ids=str,
 )
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
 def test_every_method_trains(train, write_config, tmp_path, method, precision):
     rates = {"lr": {}, "base_lr": 0.03, "optimizer": "sgd", "epochs": 2, "precision": precision}
     code, _, err = train(write_config(method=method, train=rates))
