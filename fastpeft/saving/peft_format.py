@@ -141,7 +141,7 @@ def from_peft(
     heads = tuple(f"{prefix}{head}." for head in spec.heads)
     out: dict[str, Tensor] = {}
     layers: dict[str, tuple[str, str]] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         match = pattern.fullmatch(name)
         if match is None:
             own = name.removeprefix(_ROOT).replace(".modules_to_save.default", "")
