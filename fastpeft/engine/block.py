@@ -177,7 +177,8 @@ class BlockRun:
         if out == h.shape[1]:
             q, k, v = self._qkv(h, 0, 3)
         else:
-            (q,), (k, v) = self._qkv(h[:, :out], 0, 1), self._qkv(h, 1, 3)
+            # A copy of the few rows: a strided input would make the product one small product a sample.
+            (q,), (k, v) = self._qkv(h[:, :out].contiguous(), 0, 1), self._qkv(h, 1, 3)
         q = self._inner("q_norm", self._heads(q))
         k, v = self._inner("k_norm", self._heads(k)), self._heads(v)
         extra = [] if p is None else [self._prompt_keys_values(p)]
