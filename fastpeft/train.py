@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         from fastpeft.trainer import launch, session
         from fastpeft.trainer.report import Reporter
     except ModuleNotFoundError as error:
-        return _fail(first, f"{error.name} is not installed; pip install 'fastpeft[train]'", 2)
+        return _fail(first, _not_installed(error), 2)
     from fastpeft.config import ConfigError, load_config
     from fastpeft.errors import FastPEFTError
     from fastpeft.trainer.folder import FolderBusyError
@@ -44,9 +44,19 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(first, str(error), 2)
     except FastPEFTError as error:
         return _fail(first, str(error), 1)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("fastpeft"):
+            raise
+        return _fail(first, _not_installed(error), 2)
+    except OSError as error:
+        return _fail(first, f"{error}; the same command continues from the last checkpoint", 1)
     except KeyboardInterrupt:
         return _fail(first, "interrupted; the same command continues from the last checkpoint", 130)
     return 0
+
+
+def _not_installed(error: ModuleNotFoundError) -> str:
+    return f"{error.name} is not installed; pip install 'fastpeft[train]'"
 
 
 def _fail(speak: bool, message: str, code: int) -> int:

@@ -5,17 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch.utils.tensorboard import SummaryWriter
+
 
 class Logs:
-    """The event writer of the first rank; does nothing on the others, or without TensorBoard."""
+    """The event writer of the first rank; does nothing on the others."""
 
     def __init__(self, folder: Path, first_step: int, enabled: bool) -> None:
         self._writer = None
         if not enabled:
-            return
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError:
             return
         # Steps after the checkpoint were written by the run that was interrupted, and will be written again.
         self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)

@@ -12,6 +12,10 @@ from typing import Any
 import torch
 import torch.distributed
 
+# The object and not pyplot, which keeps global state and looks for a display. Imported here so that a run without
+# matplotlib ends before it starts.
+from matplotlib.figure import Figure
+
 _PACKAGES = ("torch", "timm", "deepspeed", "numpy")
 
 
@@ -61,12 +65,8 @@ def rows(results: dict[str, Any]) -> dict[str, str]:
 
 def draw(history: list[dict[str, Any]], path: Path) -> None:
     """Plot loss and accuracy by epoch."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     epochs = [entry["epoch"] for entry in history]
     left.plot(epochs, [entry["train_loss"] for entry in history], marker=".", label="train")
     for split in ("val", "test"):
@@ -82,5 +82,4 @@ def draw(history: list[dict[str, Any]], path: Path) -> None:
         axis.legend()
     unfinished = path.with_name(f".{path.name}")
     figure.savefig(unfinished, dpi=120, format="png")
-    plt.close(figure)
     unfinished.replace(path)
