@@ -23,8 +23,8 @@ HEADS, HIDDEN, STATISTIC, LOG_SUM = (2, 2, 17, 16), (2, 17, 128), (2, 17, 1), (2
 NORM = [ROW, STATISTIC, STATISTIC]  # LayerNorm: its input, mean and deviation
 FLAT = (34, 32)  # a product's input: saved for the gradient of a trained factor only
 
-# A frozen block: the two norms' inputs, q, k, v, attention's output and log-sum-exp, the activation's input. No input of
-# the four frozen products is among them, except attention's output, which its own backward needs.
+# A frozen block: the two norms' inputs, q, k, v, attention's output and log-sum-exp, the activation's input. No input
+# of the four frozen products is among them, except attention's output, which its own backward needs.
 FROZEN = [*NORM, HEADS, HEADS, HEADS, HEADS, LOG_SUM, *NORM, HIDDEN]
 FROZEN_BYTES = 2 * UNIT + 3 * UNIT + UNIT + 4 * UNIT + 4 * (2 * 17 * 4) + 2 * 2 * 17 * 4
 
