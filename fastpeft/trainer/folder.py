@@ -76,7 +76,7 @@ class RunFolder:
             path.unlink(missing_ok=True)
 
     def claim(self, config: Config) -> None:
-        """Note whose folder it is, or check that it is this run's.
+        """Note whose folder it is, or check that it is this run's. A run that left nothing to continue holds no claim.
 
         Raises:
             ConfigError: It belongs to a run with another configuration; the message names the keys.
@@ -86,7 +86,8 @@ class RunFolder:
             before = json.loads(self._config.read_text())
         except (OSError, ValueError):
             before = None
-        if before is None:
+        begun = self.results.exists() or any(self.checkpoints.glob("step-*"))
+        if before is None or not begun:
             checkpoint.write_text(self._config, json.dumps(identity, indent=1))
             return
         if before != identity:

@@ -78,8 +78,6 @@ class Loop:
         self._train_seconds_before = 0.0
         self._other_seconds_before = 0.0
 
-    # Positions ---------------------------------------------------------------------------------------------------
-
     def resume(self) -> bool:
         """Continue from the newest whole checkpoint; False if there is none. Collective."""
         found = checkpoint.load_latest(self.folder.checkpoints, self.report.warn) if self.ranks.first else None
@@ -136,8 +134,6 @@ class Loop:
     def _remedy(self, what: str) -> str:
         kept = self.folder.checkpoints
         return f"{what} was not kept, the last good checkpoint is in {kept}; try a lower learning rate"
-
-    # Training ----------------------------------------------------------------------------------------------------
 
     def run(self, logs: Logs) -> None:
         """Train to the end; the last checkpoint is of the finished run."""

@@ -103,6 +103,12 @@ def test_weights_that_are_not_finite_are_never_checkpointed(train, write_config,
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-00000006"]
 
 
+def test_a_mistake_that_is_mended_is_not_held_against_the_folder(train, write_config):
+    config = write_config()
+    assert train(config, "method.depth=[1, 99]")[0] == 2
+    assert train(config)[0] == 0
+
+
 def test_two_runs_do_not_share_a_folder(train, write_config, tmp_path, monkeypatch):
     from fastpeft.trainer.folder import RunFolder
 
