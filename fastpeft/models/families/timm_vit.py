@@ -59,13 +59,14 @@ class TimmVisionTransformer(EngineHost):
         return self.norm(self._fastpeft_blocks(self._fastpeft_stem(x), noise, attn_mask, is_causal, None))
 
     def forward_intermediates(self, x: Tensor, *args, **kwargs):
-        begin(self)
+        noise = begin(self)
         states = [block.fastpeft_block for block in self.blocks if isinstance(block, TimmBlock)]
-        if not any(state.carry_out for state in states):
+        if noise is None and not any(state.carry_out for state in states):
             return super().forward_intermediates(x, *args, **kwargs)
-        # Prompt rows travel beside the tokens here: whoever asks for intermediates gets token rows.
+        # Prompt rows travel beside the tokens here: whoever asks for intermediates gets token rows. And a block that
+        # checkpointing runs again draws this forward's masks, whatever the clock shows by then.
         view = copy.copy(self)
-        view.__dict__ = {**self.__dict__, "_modules": {**self._modules, "blocks": _Separated(self.blocks)}}
+        view.__dict__ = {**self.__dict__, "_modules": {**self._modules, "blocks": _Separated(self.blocks, noise)}}
         return original_class(self).forward_intermediates(view, x, *args, **kwargs)
 
     def _fastpeft_stem(self, x: Tensor) -> Tensor:
@@ -115,30 +116,31 @@ class TimmVisionTransformer(EngineHost):
 
 
 class _Separated:
-    """A host's blocks, each taking and giving token rows; the carried prompts wait here, for one forward."""
+    """A host's blocks for one forward, each taking and giving token rows; the carried prompts wait here."""
 
-    def __init__(self, blocks, carried: dict | None = None):
+    def __init__(self, blocks, noise, carried: dict | None = None):
         self.blocks = blocks
+        self.noise = noise
         self.carried = {} if carried is None else carried
 
     def __iter__(self):
-        return (_Step(index, block, self.carried) for index, block in enumerate(self.blocks))
+        return (_Step(index, block, self.noise, self.carried) for index, block in enumerate(self.blocks))
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def __getitem__(self, index: slice) -> _Separated:
-        return _Separated(self.blocks[index], self.carried)
+        return _Separated(self.blocks[index], self.noise, self.carried)
 
 
 class _Step:
-    def __init__(self, index: int, block: nn.Module, carried: dict):
-        self.index, self.block, self.carried = index, block, carried
+    def __init__(self, index: int, block: nn.Module, noise, carried: dict):
+        self.index, self.block, self.noise, self.carried = index, block, noise, carried
 
     def __call__(self, x: Tensor, **kwargs) -> Tensor:
         if self.block.fastpeft_block.carry_in:
             x = torch.cat((x, self.carried[self.index]), dim=1)
-        x = self.block(x, **kwargs)
+        x = self.block(x, **kwargs, noise=self.noise)
         out = self.block.fastpeft_block.carry_out
         if out:
             x, self.carried[self.index + 1] = x[:, :-out], x[:, -out:]
