@@ -49,7 +49,7 @@ clean:
 # Each stamp is one stage of the set-up; a stage runs again when what it depends on has changed.
 
 $(STAMPS)/venv:
-	@test -n "$(PYTHON)" || { echo "no Python 3 found; install Python 3.10 or later, or set PYTHON=..." >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "no Python 3 found; install Python 3.11 or later, or set PYTHON=..." >&2; exit 1; }
 	@echo "set-up 1/4: .venv with $(PYTHON)"
 	@$(PYTHON) -m venv .venv
 	@mkdir -p $(STAMPS) && touch $@
