@@ -70,7 +70,9 @@ def summary(model: nn.Module) -> Summary:
         model: patched or not; one that is not has everything left alone.
     """
     record = record_of(model)
-    left = list(record.left_alone) if record else []
+    # Paths in a record begin at the module that keeps it, which may have been wrapped since.
+    kept = ((path, module.__dict__.get("fastpeft_record")) for path, module in model.named_modules())
+    left = [(f"{path}.{inner}".strip("."), why) for path, own in kept if own for inner, why in own.left_alone]
     fused = []
     looked_into: set[str] = set()
     for prefix, host in hosts(model):

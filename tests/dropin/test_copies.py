@@ -8,11 +8,12 @@ import pickle
 
 import pytest
 import torch
+from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
 import fastpeft
 from tests.dropin.both import assert_same_state, assert_same_steps, pair
-from tests.tiny import VARIANTS, images, vit
+from tests.tiny import DIM, VARIANTS, images, vit
 
 
 def pickled(model: nn.Module) -> nn.Module:
@@ -126,3 +127,11 @@ def test_one_method_whichever_module_it_was_given_to():
     fastpeft.patch(outer, fastpeft.LoRA(2))
     with pytest.raises(fastpeft.FastPEFTError, match="the method of a model around it"):
         fastpeft.patch(inner, fastpeft.VPT(2))
+
+
+def test_what_is_left_alone_is_listed_by_its_path_in_the_model_at_hand():
+    inner = vit()
+    inner.blocks[1] = ResPostBlock(DIM, 2)
+    fastpeft.patch(inner, strict=False)
+    assert [path for path, _ in fastpeft.summary(inner).left_alone] == ["blocks.1"]
+    assert [path for path, _ in fastpeft.summary(Wrapper(inner)).left_alone] == ["inner.blocks.1"]

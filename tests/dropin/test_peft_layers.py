@@ -248,3 +248,15 @@ def test_peft_warns_no_more_than_before():
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             model(images(dtype=torch.float64)).sum().backward()
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.3}])
+def test_compiled_in_one_graph(options):
+    model = adapted(lora(target_modules=ALL, modules_to_save=["head"], **options))
+    model.add_adapter("other", lora(target_modules=["fc1"]))
+    plain, patched = pair(randomise(model.double()))
+    compiled = torch.compile(patched.base_model.model, backend="eager", fullgraph=True)
+    x = images(dtype=torch.float64)
+    for adapter in ("default", "other"):
+        plain.set_adapter(adapter), patched.set_adapter(adapter)
+        assert_same_steps(plain, patched, x, lambda model, x: model(x) if model is plain else compiled(x))
