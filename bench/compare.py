@@ -247,7 +247,7 @@ def table(outcome: dict[str, Any]) -> Table:
 
 
 def _milliseconds(value: float) -> str:
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def _example(config: Config, out: Path) -> Path:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.literal.lora import project
+from bench.literal.lora import project, with_term
 
 
 def attention(
@@ -33,8 +33,8 @@ def attention(
     """
     batch, rows, _ = x.shape
     width = attn.num_heads * attn.head_dim
-    roles = {"qkv": slice(None), "q": slice(width), "k": slice(width, 2 * width), "v": slice(2 * width, None)}
-    q, k, v = project(attn.qkv, x, roles, lora, mask).split(width, dim=-1)
+    parts = project(attn.qkv, x, "qkv", lora, mask).split(width, dim=-1)
+    q, k, v = (with_term(part, x, role, lora, mask) for role, part in zip("qkv", parts, strict=True))
 
     def heads(t: Tensor) -> Tensor:
         return t.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(-3, -2)
@@ -52,4 +52,4 @@ def attention(
     out = attn.norm(out.transpose(1, 2).reshape(batch, rows, width))
     if attn.gate is not None:
         out = out * attn.gate(x).sigmoid()
-    return attn.proj_drop(project(attn.proj, out, {"o": slice(None)}, lora, mask))
+    return attn.proj_drop(project(attn.proj, out, "o", lora, mask))

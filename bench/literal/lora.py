@@ -6,11 +6,10 @@ A (rank, in) starts random, B (out, rank) starts at zero, so the adapted model s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,21 +39,25 @@ class LowRank(nn.Module):
 def project(
     linear: nn.Linear,
     x: Tensor,
-    roles: Mapping[str, slice],
+    role: str,
     lora: nn.ModuleDict | None,
     mask: Callable[[str, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Compute W x + b and add, to the columns of each role that has one, its low-rank term."""
-    y = linear(x)
-    present = [role for role in roles if lora is not None and role in lora]
-    if not present:
+    """Compute W x + b, and add the low-rank term of the role if there is one."""
+    return with_term(linear(x), x, role, lora, mask)
+
+
+def with_term(
+    y: Tensor,
+    x: Tensor,
+    role: str,
+    lora: nn.ModuleDict | None,
+    mask: Callable[[str, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Add the low-rank term of a role on x, if there is one, to y."""
+    if lora is None or role not in lora:
         return y
-    terms = torch.zeros_like(y)
-    for role in present:
-        term = lora[role](x, None if mask is None else partial(mask, role))
-        columns = range(y.shape[-1])[roles[role]]
-        terms = terms + F.pad(term, (columns.start, y.shape[-1] - columns.stop))
-    return y + terms
+    return y + lora[role](x, None if mask is None else partial(mask, role))
 
 
 def add(model: nn.Module, method: Any) -> None:

@@ -66,14 +66,14 @@ class LiteralBlock(nn.Module):
         if self.lora is None or not ("fc1" in self.lora or "fc2" in self.lora):
             return self.mlp(h)
         mlp = self.mlp
-        u = project(mlp.fc1, h, {"fc1": slice(None)}, self.lora, mask)
+        u = project(mlp.fc1, h, "fc1", self.lora, mask)
         if hasattr(mlp, "gate_last"):  # timm's GluMlp: one half of the hidden columns gates the other
             first, second = u.chunk(2, dim=-1)
             u = first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
         else:
             u = mlp.act(u)
         u = mlp.norm(mlp.drop1(u))
-        return mlp.drop2(project(mlp.fc2, u, {"fc2": slice(None)}, self.lora, mask))
+        return mlp.drop2(project(mlp.fc2, u, "fc2", self.lora, mask))
 
 
 class LiteralBlocks(nn.Sequential):
