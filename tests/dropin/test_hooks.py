@@ -57,6 +57,7 @@ class Record:
                 torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10, msg=lambda m, k=kind: f"{k}: {m}")
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # on the patches' layer, whose input is the image
 @pytest.mark.parametrize("before", [True, False], ids=["hooked_then_patched", "patched_then_hooked"])
 @pytest.mark.parametrize("path", PATHS)
 def test_hooks_see_the_same(path, before):
