@@ -103,13 +103,14 @@ def from_dict(data: dict[str, Any] | list[dict[str, Any]]) -> Method:
         MethodError: unknown name or field (with the nearest valid one), or a value that the method refuses.
     """
     if isinstance(data, list):
+        check(bool(data), "a list of methods needs at least one")
         parts = [from_dict(item) for item in data]
         return parts[0] if len(parts) == 1 else Methods(tuple(parts))
     if not isinstance(data, dict) or "name" not in data:
         raise MethodError(f"a method is a mapping with a name, got {data!r}")
     values = dict(data)
     name = values.pop("name")
-    if name not in REGISTRY:
+    if not isinstance(name, str) or name not in REGISTRY:
         raise MethodError(
             f"unknown method {name!r}{_nearest(str(name), REGISTRY)}; known: {', '.join(sorted(REGISTRY))}"
         )
