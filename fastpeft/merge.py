@@ -105,7 +105,7 @@ def _keys_values(module: nn.Module, extension: Prompts | KeyValues) -> tuple[Ten
 def fold(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> float:
     """Add scale * b a to a weight in place; the relative error of what was added, in float64."""
     delta = scale * (b.double() @ a.double())
-    before = weight.double()
+    before = weight.to(torch.float64, copy=True)
     weight.copy_((before + delta).to(weight.dtype))
     size = delta.norm()
     return float((weight.double() - before - delta).norm() / size) if size > 0 else 0.0

@@ -84,6 +84,9 @@ def load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     else:
         if not isinstance(own, dict) or own.get("format_version") != _VERSION:
             raise FastPEFTError(f"{folder}: format version {own!r} is not the version {_VERSION} that is known here")
+        absent = sorted({"method", "train_head", "base_fingerprint"} - own.keys())
+        if absent:
+            raise FastPEFTError(f"{folder}: {files.CONFIG} lacks fastpeft.{', fastpeft.'.join(absent)}")
         method, train_head, expected = from_dict(own["method"]), bool(own["train_head"]), own["base_fingerprint"]
         if peft_format.fits(method):
             tensors = peft_format.to_own_names(tensors, method, model)
