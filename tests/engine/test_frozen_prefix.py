@@ -25,9 +25,7 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "variant", ["class_token", "no_class_token", "registers", "distilled", "map_pool", "dynamic_size"]
-)
+@pytest.mark.parametrize("variant", ["class_token", "map_pool", "distilled"])
 @pytest.mark.parametrize("method", METHODS)
 def test_decoding_features_is_the_forward(method, variant):
     model, x = patched(METHODS[method], variant, dtype=torch.float64).train(), images(variant, dtype=torch.float64)
@@ -39,7 +37,6 @@ def test_decoding_features_is_the_forward(method, variant):
     features = prefix.encode(x)
     assert not features.requires_grad
     assert model.training and features.shape[0] == 3
-    assert features.dim() == (2 if method in ("linear", "mlp-3") and "pool" in () else features.dim())
     for training in (True, False):
         model.train(training)
         fastpeft.set_rng_state(model, seed=1, step=0)

@@ -20,8 +20,9 @@ TYPES = {
 
 @pytest.mark.parametrize("variant, method", EVERYWHERE)
 def test_logits_and_gradients_in_float64(variant, method):
-    for training in (True, False):
-        assert_same_step(METHODS[method], variant, training)
+    assert_same_step(METHODS[method], variant, training=True)
+    if variant == "class_token" or method in FEW:
+        assert_same_step(METHODS[method], variant, training=False)
 
 
 @pytest.mark.parametrize("method", [METHODS["vpt-deep"], METHODS["lora-dropout"], METHODS["prefix+adapter"]], ids=str)

@@ -106,3 +106,18 @@ def test_parameter_counts_are_the_papers(row):
     assert sum(p.numel() for p in fastpeft.trainable_parameters(model)) == HEAD + extra
     if percent is not None:
         assert abs(100 * found.share - percent) < 6e-4
+
+
+def test_random_factors_start_as_their_papers_codes_do():
+    model = fastpeft.patch(
+        vit(embed_dim=256, num_heads=4), fastpeft.LoRA(16) + fastpeft.Adapter(2) + fastpeft.PrefixTuning(64)
+    )
+    block = model.blocks[0]
+    bound = 1 / 256**0.5  # Kaiming-uniform with a = sqrt(5): the default of a linear layer of this many inputs
+    for tensor in (block.lora.q.A, block.adapter.down.weight):
+        assert 0.99 * bound < tensor.abs().max() <= bound
+    for tensor in (block.lora.q.B, block.adapter.up.weight, block.adapter.up.bias, block.adapter.down.bias):
+        assert not tensor.any()
+    assert block.prefix.k.std().item() == pytest.approx(0.02, rel=0.05)
+    again = fastpeft.patch(vit(embed_dim=256, num_heads=4), fastpeft.LoRA(16))
+    assert not torch.equal(again.blocks[0].lora.q.A, block.lora.q.A)
