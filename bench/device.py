@@ -30,9 +30,9 @@ _CLASSES = 100
 # Compiling a training step takes a minute or more, so `--compile some` compiles one row of each kind.
 _COMPILED = ("full", "vpt-deep-1", "vpt-deep-200", "vpt-deep-200-batch-mask", "lora-qkv-8", "adapter-64")
 
-# Batch normalisation of hidden units that ReLU leaves nearly always at zero magnifies the rounding of the features so
-# much that the literal implementation is itself 20% off: there is nothing to compare with.
-_ILL_CONDITIONED = {("mlp-3", "bfloat16", "train")}
+# Batch normalisation of hidden units that ReLU leaves nearly always at zero magnifies the features' rounding: in
+# bfloat16 the literal implementation is itself 20% off. In float64 there is something to compare with.
+_ILL_CONDITIONED = {("mlp-3", "train")}
 
 
 class Settings:
@@ -74,12 +74,11 @@ Row = tuple[str, Callable[[], dict[str, object]]]
 def verify_rows(settings: Settings) -> Iterator[Row]:
     """Yield the rows of `verify`: each method in float32 and bfloat16, in training and evaluation mode."""
     for method in settings.methods:
-        for dtype in ("float32", "bfloat16"):
-            for mode in ("train", "eval"):
-                if (method, dtype, mode) in _ILL_CONDITIONED:
-                    continue
+        for mode in ("train", "eval"):
+            exact = (method, mode) in _ILL_CONDITIONED
+            for dtype in ("float64",) if exact else ("float32", "bfloat16"):
                 key = f"{settings.shape}/{dtype}/{mode}/{method}"
-                yield key, lambda m=method, d=dtype, t=mode == "train": _verify(settings, m, _DTYPES[d], t)
+                yield key, lambda m=method, d=dtype, t=mode == "train": _verify(settings, m, getattr(torch, d), t)
 
 
 def _verify(settings: Settings, method: str, dtype: torch.dtype, training: bool) -> dict[str, object]:

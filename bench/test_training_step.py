@@ -39,7 +39,7 @@ def test_training_step(benchmark, device, plain, name, variant):
     step = training_step(model, images, labels)
     kept = saved_bytes(lambda: model(images), model)
     backbone = build("literal", METHODS[name](), plain)
-    products = interleave({"floor": floor(backbone, token_rows(backbone, _BATCH))}, device=device, turns=5)["floor"]
+    products = interleave({"floor": floor(backbone, token_rows(backbone, _BATCH))}, device=device, turns=3)["floor"]
 
     def timed() -> None:
         step()

@@ -154,7 +154,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, object]:
         "python": platform.python_version(),
         "versions": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
         "commit": _git("rev-parse", "HEAD"),
-        "command": " ".join(["python", *_command()]),
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     if device.type == "cuda":
@@ -186,16 +186,6 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _command() -> list[str]:
-    """Return the command line after `python`, with -m for a module of this repository."""
-    script = Path(sys.argv[0])
-    root = Path(__file__).resolve().parents[1]
-    if script.suffix == ".py" and script.resolve().is_relative_to(root):
-        parts = script.resolve().relative_to(root).with_suffix("").parts
-        return ["-m", ".".join(parts), *sys.argv[1:]]
-    return [script.name, *sys.argv[1:]]
 
 
 def _git(*arguments: str) -> str | None:
