@@ -174,11 +174,14 @@ class BlockRun:
     def _attention(self, h: Tensor, p: Tensor | None, out: int, mask: Tensor | None, causal: bool) -> Tensor:
         """Queries of the first `out` rows of h; keys and values of h and of the prompt rows p."""
         spec = self.spec
-        if out == h.shape[1]:
-            q, k, v = self._qkv(h, 0, 3)
-        else:
+        if out < h.shape[1]:
             # A copy of the few rows: a strided input would make the product one small product a sample.
             (q,), (k, v) = self._qkv(h[:, :out].contiguous(), 0, 1), self._qkv(h, 1, 3)
+        elif self._grows(p) and self._sliceable():
+            # Keys and values are copied beside the prompts' ones; queries in the same tensor would keep them alive.
+            (q,), (k, v) = self._qkv(h, 0, 1), self._qkv(h, 1, 3)
+        else:
+            q, k, v = self._qkv(h, 0, 3)
         q = self._inner("q_norm", self._heads(q))
         k, v = self._inner("k_norm", self._heads(k)), self._heads(v)
         extra = [] if p is None else [self._prompt_keys_values(p)]
@@ -189,6 +192,17 @@ class BlockRun:
         y = prompt_attention(q, k, v, pk, pv, mask, causal, spec.scale, self.attn_drop)
         y = self._inner("attn_norm", y.transpose(1, 2).flatten(2))
         return self._inner("proj_drop", self._linear("o", y))
+
+    def _grows(self, p: Tensor | None) -> bool:
+        """Whether there are keys and values besides those of the rows."""
+        return p is not None or any(isinstance(e, KeyValues) for e in self.extensions)
+
+    def _sliceable(self) -> bool:
+        """Whether a part of the fused projection costs a part of its time and draws no random numbers."""
+        if not self.spec.fused_qkv:
+            return True
+        found = read(child(self.block, self.spec.roles["qkv"].path))
+        return found is not None and all(term.dropout is None for term in found[1])
 
     def prompt_keys_values(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (..., H, p, D) of inserted prompt rows (..., p, d)."""

@@ -67,8 +67,8 @@ def call_under_hooks(module: nn.Module, function: Callable, *args):
         return function(*args)
     if replaced(module):
         raise UnsupportedModelError(
-            f"the forward of a block's {type(module).__name__} was replaced on the instance (accelerate's hooks do that), and "
-            "the method's tensors could not enter it; hook its linear layers or the block around it instead"
+            f"the forward of a block's {type(module).__name__} was replaced on the instance (accelerate's hooks do "
+            "that), and the method's tensors could not enter it; hook its linear layers or the block around it instead"
         )
     # Hooks are given the module and may keep something on it, so it must be the module itself that is called.
     with _borrowing:

@@ -50,36 +50,46 @@ def lora_linear(
         splits: widths of the parts, together `out`.
 
     Returns:
-        The parts, (..., width) each. Parts without a term are views of one tensor.
+        The parts, (..., width) each, views of one tensor.
     """
-    y = F.linear(x, weight, bias)
-    out = weight.shape[0]
-    down = _down(x, terms)
-    for term, h in zip(terms, down, strict=True):
-        if (term.start, term.stop) == (0, out):
-            y = _up(y, h, term)
-    if len(splits) == 1:
-        return [y]
-    parts = list(y.split(list(splits), dim=-1))
-    starts = [sum(splits[:i]) for i in range(len(splits))]
-    for term, h in zip(terms, down, strict=True):
-        if (term.start, term.stop) != (0, out):
-            index = starts.index(term.start)
-            parts[index] = _up(parts[index], h, term)
-    return parts
+    rows = x.flatten(0, -2)
+    y = F.linear(rows, weight, _bias(bias, terms, weight))
+    if terms:
+        # In place: the frozen product's backward does not need its output, and a second tensor of this size would be
+        # kept alive beside the first by whatever part has no term.
+        scale = terms[0].scale if len({term.scale for term in terms}) == 1 else None
+        y.addmm_(_down(rows, x, terms), _up(terms, weight.shape[0], scale).to(y.dtype), alpha=scale or 1.0)
+    return list(y.view(*x.shape[:-1], weight.shape[0]).split(list(splits), dim=-1))
 
 
-def _down(x: Tensor, terms: Sequence[LowRankTerm]) -> list[Tensor]:
-    """x A^T of every term; terms that see the same x share one product."""
-    if len(terms) > 1 and all(term.dropout is None for term in terms):
-        stacked = F.linear(x, torch.cat([term.a for term in terms]).to(x.dtype))
-        return list(stacked.split([term.a.shape[0] for term in terms], dim=-1))
-    return [F.linear(x if t.dropout is None else t.dropout(x), t.a.to(x.dtype)) for t in terms]
+def _down(rows: Tensor, x: Tensor, terms: Sequence[LowRankTerm]) -> Tensor:
+    """x A^T of all terms side by side; terms that see the same x share one product."""
+    if all(term.dropout is None for term in terms):
+        return F.linear(rows, _stacked([term.a for term in terms], 0).to(x.dtype))
+    inputs = [rows if term.dropout is None else term.dropout(x).flatten(0, -2) for term in terms]
+    return _stacked([F.linear(h, term.a.to(x.dtype)) for h, term in zip(inputs, terms, strict=True)], 1)
 
 
-def _up(y: Tensor, h: Tensor, term: LowRankTerm) -> Tensor:
-    """y + scale * (h B^T + bias), rounded once."""
-    b = term.b.to(h.dtype)
-    flat = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.t(), alpha=term.scale)
-    y = flat.view(*y.shape[:-1], flat.shape[-1])
-    return y if term.bias is None else y + term.scale * term.bias.to(y.dtype)
+def _up(terms: Sequence[LowRankTerm], out: int, scale: float | None) -> Tensor:
+    """B^T of all terms one below the other, zero in the columns that a term does not reach: (sum of r, out).
+
+    Scaled, unless all terms have the one scale that is given.
+    """
+    blocks = []
+    for term in terms:
+        b = term.b.t() if scale is not None else term.b.t() * term.scale
+        blocks.append(b if (term.start, term.stop) == (0, out) else F.pad(b, (term.start, out - term.stop)))
+    return _stacked(blocks, 0)
+
+
+def _stacked(tensors: list[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def _bias(bias: Tensor | None, terms: Sequence[LowRankTerm], weight: Tensor) -> Tensor | None:
+    """The layer's bias with the terms' own."""
+    for term in terms:
+        if term.bias is not None:
+            own = F.pad(term.bias * term.scale, (term.start, weight.shape[0] - term.stop)).to(weight.dtype)
+            bias = own if bias is None else bias + own
+    return bias

@@ -105,6 +105,13 @@ def test_lora_saves_its_input_and_its_inner_rows():
     assert found.bytes == FROZEN_BYTES + UNIT + 34 * 3 * 4
 
 
+def test_lora_on_some_slices_keeps_q_k_v_in_one_tensor():
+    """Terms are added in place: no second copy of the slices beside the one that a slice without a term keeps alive."""
+    found = block_step(fastpeft.LoRA(3, targets=("q", "v")))
+    factors = (6 * 32 + 96 * 6) * 4  # A stacked, and B with zeros in k's columns
+    assert found.bytes == FROZEN_BYTES + UNIT + 34 * 6 * 4 + factors
+
+
 def test_lora_on_the_output_projection_saves_its_inner_rows_only():
     """Its input is attention's output, which is there anyway."""
     found = block_step(fastpeft.LoRA(3, targets=("o",)))
@@ -137,8 +144,8 @@ def test_prompts_save_their_own_rows_once_a_batch():
     longer = (2, 2, 21, 16)
     frozen = Counter(FROZEN) - Counter({HEADS: 2})
     assert found.shapes == frozen + shapes(longer, longer, (4, 1), (4, 1))
-    # The tokens' q lies in one tensor with their k and v, whose copies with the prompts' are what attention keeps.
-    assert found.bytes == FROZEN_BYTES + 2 * 2 * 2 * 21 * 16 * 4 + 2 * 4 * 4
+    # The tokens' q lies in a tensor of its own; of k and v only the copies beside the prompts' are kept.
+    assert found.bytes == FROZEN_BYTES - 2 * UNIT + 2 * 2 * 2 * 21 * 16 * 4 + 2 * 4 * 4
     assert found.parameters["blocks.1.vpt.prompts"] == 1
 
 
