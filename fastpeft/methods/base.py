@@ -151,7 +151,7 @@ def is_number(value: Any) -> bool:
 
 
 def names(value: Any) -> tuple[Any, ...]:
-    """A field of names as a tuple; what is no sequence becomes a single name, that no check lets pass unless it is one."""
+    """A field of names as a tuple; what is no sequence becomes its single element, and the checks judge that."""
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
