@@ -86,7 +86,7 @@ def test_probe_trains_the_head_alone():
     config = load_config(ROOT / "configs" / "quickstart.yaml", ["train.lr={vpt: 3e-2, head: 3e-3}", "train.epochs=15"])
     run = {"config": config.model_dump(mode="json")}
     probe = compare._probe_config(run, Path("out"))
-    assert probe.method == {"name": "linear"} and probe.train.lr == {"head": 0.003} and probe.train.epochs == 100
+    assert probe.method == {"name": "linear"} and probe.train.lr == {"head": 0.003} and probe.train.epochs == 50
     assert probe.data == config.data and Path(probe.out) == Path("out/linear_probe")
 
 
