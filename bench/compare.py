@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.splitlines()[0])
     parser.add_argument("out", nargs="?", type=Path, help="output folder of the trainer; default: the quick start's")
     parser.add_argument("--turns", type=int, default=20, help="timed training steps of each path")
-    parser.add_argument("--budget", type=float, default=10, help="seconds after which no further turn starts")
+    parser.add_argument("--budget", type=float, default=7, help="seconds after which no further turn starts")
     parser.add_argument("--measure-memory", choices=PATHS, help=argparse.SUPPRESS)
     parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -186,7 +186,7 @@ def _times(config: Config, out: Path, turns: int, budget: float, on_turn: Any) -
     count = len(setting.images)
     products = floor(models["literal"], token_rows(models["literal"], count), setting.dtype)
     timings = interleave(
-        {**steps, "floor": products}, device=setting.device, turns=turns, budget=budget, on_turn=on_turn
+        {**steps, "floor": products}, device=setting.device, turns=turns, warmup=1, budget=budget, on_turn=on_turn
     )
     bottom: Timing = timings.pop("floor")
     return {
