@@ -100,6 +100,7 @@ def test_comparing_a_run(tmp_path):
         "data={name: digits, train_size: 40, test_size: 20}",
         "method.length=2",
         "train.epochs=1",
+        "train.warmup_epochs=0",
         "train.batch_size=8",
         f"out={out}",
     ]
