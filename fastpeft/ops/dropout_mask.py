@@ -25,8 +25,8 @@ def _mix64(z: Tensor) -> Tensor:
 
 def _word(z: Tensor) -> Tensor:
     """The lower 32 bits of an int64 as int32."""
-    z = z & _WORD
-    return torch.where(z > 0x7FFFFFFF, z - (1 << 32), z).to(torch.int32)
+    # Sign extension by arithmetic: Inductor's CPU code crashes on the masks of a comparison of int64 here.
+    return (((z & _WORD) ^ (1 << 31)) - (1 << 31)).to(torch.int32)
 
 
 @torch.no_grad()
