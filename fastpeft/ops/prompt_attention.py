@@ -48,6 +48,67 @@ def prompt_attention(
             attn_mask = F.pad(attn_mask, (0, length), value=True if attn_mask.dtype == torch.bool else 0.0)
         k = torch.cat((k, prompt_k.expand(k.shape[0], -1, -1, -1)), dim=2)
         v = torch.cat((v, prompt_v.expand(v.shape[0], -1, -1, -1)), dim=2)
+    if attn_mask is None and not causal and not dropout and _recomputes(q, k, v):
+        return _Recomputed.apply(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=attn_mask, is_causal=causal, scale=scale, dropout_p=dropout
     )
+
+
+# Up to this many keys the backward pass written in products is the faster one; see bench/results.
+_MOST_KEYS = 1024
+# Scores of one turn of its loop: they stay in a core's cache.
+_SCORES = 1 << 19
+
+
+def _recomputes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch would run its CPU flash attention for bf16, whose backward does not use the matrix units."""
+    return (
+        q.device.type == "cpu"
+        and q.dtype == k.dtype == v.dtype == torch.bfloat16
+        and k.shape[-2] <= _MOST_KEYS
+        and torch.is_grad_enabled()
+        and (q.requires_grad or k.requires_grad or v.requires_grad)
+        and not torch.compiler.is_compiling()
+    )
+
+
+class _Recomputed(torch.autograd.Function):
+    """Attention that keeps q, k, v and computes its probabilities again in the backward pass.
+
+    P = softmax(scale q k^T),  dv = P^T dy,  dP = dy v^T,  dS = P * (dP - sum(P * dP)),
+    dq = scale dS k,  dk = scale dS^T q
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.scale = scale
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor):
+        q, k, v = ctx.saved_tensors
+        needs_q, needs_k, needs_v, _ = ctx.needs_input_grad
+        # Rows of a gradient lie as those of its input do before the heads are split, so that merging them is a view.
+        dq, dk, dv = (_like(t) if need else None for t, need in ((q, needs_q), (k, needs_k), (v, needs_v)))
+        step = max(1, _SCORES // max(1, q.shape[1] * q.shape[2] * k.shape[2]))
+        for first in range(0, q.shape[0], step):
+            part = slice(first, first + step)
+            qs, ks, vs, dys = q[part] * ctx.scale, k[part], v[part], dy[part]
+            p = torch.softmax(qs @ ks.transpose(-1, -2), dim=-1)
+            if needs_v:
+                dv[part] = p.transpose(-1, -2) @ dys
+            if needs_q or needs_k:
+                ds = torch._softmax_backward_data(dys @ vs.transpose(-1, -2), p, -1, p.dtype)
+                if needs_q:
+                    dq[part] = (ds @ ks).mul_(ctx.scale)
+                if needs_k:
+                    dk[part] = ds.transpose(-1, -2) @ qs
+        return dq, dk, dv, None
+
+
+def _like(t: Tensor) -> Tensor:
+    batch, heads, rows, dim = t.shape
+    return t.new_empty(batch, rows, heads, dim).transpose(1, 2)

@@ -141,3 +141,53 @@ def test_lower_precision_against_the_unfused_path(tokens, length, dtype):
 
     unfused = error(written_out(*arguments))
     assert error(prompt_attention(*arguments)) <= min(2 * unfused + torch.finfo(dtype).eps / 2, 0.02)
+
+
+def explicit(q, k, v, prompt_k, prompt_v):
+    """Plain PyTorch in the inputs' own type, product by product."""
+    k, v = (torch.cat((t, p.expand(len(t), -1, -1, -1)), dim=2) for t, p in ((k, prompt_k), (v, prompt_v)))
+    return torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2), dim=-1) @ v
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(
+    ("queries", "tokens", "length"), [(1, 1, 0), (1, 197, 10), (17, 17, 0), (65, 65, 10), (257, 257, 200)]
+)
+def test_bf16_gradients_are_no_worse_than_explicit_products(queries, tokens, length, head_dim):
+    """The backward pass that computes the probabilities again: all five gradients against float64."""
+    exact = inputs(tokens, length, head_dim, queries=queries, batch=3)
+    low = [t.detach().bfloat16().requires_grad_() for t in exact]
+    exact = [t.detach().double().requires_grad_() for t in low]
+    weight = torch.randn_like(low[0])
+    count = 5 if length else 3
+    expected = torch.autograd.grad(prompt_attention(*exact), exact[:count], weight.double())
+    ours = torch.autograd.grad(out := prompt_attention(*low), low[:count], weight)
+    assert "_Recomputed" in type(out.grad_fn).__name__
+    baseline = torch.autograd.grad(explicit(*low), low[:count], weight)
+    for own, plain, true in zip(ours, baseline, expected, strict=True):
+        size = true.norm()
+        if size > 1e-3:
+            error, allowed = ((t.double() - true).norm() / size for t in (own, plain))
+            assert error <= 1.25 * allowed + 2**-9
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2), (3, 4)])
+def test_bf16_gradients_one_by_one_and_twice(wanted):
+    """Only what is asked for is computed, and a kept graph gives the same again."""
+    tensors = [t.detach().bfloat16() for t in inputs(17, 4, 32)]
+    every = [t.clone().requires_grad_() for t in tensors]
+    weight = torch.randn_like(tensors[0])
+    expected = torch.autograd.grad(prompt_attention(*every), every, weight)
+    some = [t.clone().requires_grad_(index in wanted) for index, t in enumerate(tensors)]
+    out = prompt_attention(*some)
+    for _ in range(2):
+        found = torch.autograd.grad(out, [some[i] for i in wanted], weight, retain_graph=True)
+        assert all(torch.equal(gradient, expected[i]) for gradient, i in zip(found, wanted, strict=True))
+
+
+def test_long_and_masked_attention_is_torchs_own():
+    q = torch.randn(1, 1, 4, 32, dtype=torch.bfloat16, requires_grad=True)
+    k = torch.randn(1, 1, 1025, 32, dtype=torch.bfloat16)
+    assert "_Recomputed" not in type(prompt_attention(q, k, k).grad_fn).__name__
+    assert "_Recomputed" not in type(prompt_attention(q, q, q, causal=True).grad_fn).__name__
