@@ -55,8 +55,8 @@ def prompt_attention(
     )
 
 
-# Up to this many keys the backward pass written in products is the faster one; see bench/results.
-_MOST_KEYS = 1024
+# Up to this many keys the backward pass written in products is the faster one: bench/results, part prompt_attention.
+_MOST_KEYS = 640
 # Scores of one turn of its loop: they stay in a core's cache.
 _SCORES = 1 << 19
 
