@@ -2,7 +2,7 @@
 
     python -m bench.quickstart [--seeds 0 1 2] [--runs FOLDER] [--out FILE]
 
-Runs `deepspeed fastpeft/train.py --config configs/quickstart.yaml` once a seed; a finished run in FOLDER is not repeated.
+Runs `deepspeed fastpeft/train.py --config configs/quickstart.yaml` once a seed, unless FOLDER holds the finished run.
 Adds one row a seed and their mean to `bench/results/<device>/quickstart.json`.
 """
 

@@ -45,10 +45,12 @@ def frozen_prefix(model: nn.Module) -> FrozenPrefix | None:
     Its output is a constant per image, so it can be computed once a dataset.
 
     Returns:
-        None if there is no such part: the stem is trained or drops out, or the model is not itself a patched
-        transformer whose every block the engine runs.
+        None if there is no such part: the stem is trained or drops out, the model is not itself a patched transformer
+        whose every block the engine runs, or its family does not say how to stop before a block (`fastpeft_encode`).
     """
-    if not isinstance(model, EngineHost) or model.fastpeft_host.spec.left_alone:
+    if not isinstance(model, EngineHost) or not hasattr(model, "fastpeft_encode"):
+        return None
+    if model.fastpeft_host.spec.left_alone:
         return None
     start = frozen_depth(model)
     return None if start is None else FrozenPrefix(model, start)

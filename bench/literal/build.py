@@ -69,6 +69,6 @@ def apply(
     for m in methods:
         _BUILDERS[m.name](model, m)
     freezing.choose_trainable(model, methods, train_head=train_head)
-    if not any(m.name == "full" for m in methods):
+    if not all(m.name == "full" for m in methods):
         freezing.silence_backbone_dropout(model)
     return model
