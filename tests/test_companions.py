@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import fastpeft
+from fastpeft.trainer import launch
 from tests.tiny import images, labels, vit
 
 METHODS = {
@@ -20,12 +20,10 @@ METHODS = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def one_rank():
-    """A process group of this process alone; DeepSpeed remembers the first that it sees, so all tests share it."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    """A process group of this process alone: the trainer's, since DeepSpeed remembers the first one for good."""
+    launch.start(launch.find_ranks())
 
 
 def _patched(name: str) -> nn.Module:
@@ -69,13 +67,9 @@ def test_fsdp2_shards_the_blocks(one_rank, name):
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_deepspeed_step_is_seen_by_the_next_forward(one_rank, stage, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+def test_deepspeed_step_is_seen_by_the_next_forward(one_rank, stage):
     import deepspeed
 
-    # Its shared-memory collectives would be compiled on first use.
-    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)
     model = _patched("vpt")
     plain = copy.deepcopy(model)
     config = {"train_micro_batch_size_per_gpu": 3, "zero_optimization": {"stage": stage}, "steps_per_print": None}
