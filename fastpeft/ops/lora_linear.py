@@ -58,7 +58,8 @@ def lora_linear(
         # In place: the frozen product's backward does not need its output, and a second tensor of this size would be
         # kept alive beside the first by whatever part has no term.
         scale = terms[0].scale if len({term.scale for term in terms}) == 1 else None
-        y.addmm_(_down(rows, x, terms), _up(terms, weight.shape[0], scale).to(y.dtype), alpha=scale or 1.0)
+        up = _up(terms, weight.shape[0], scale).to(y.dtype)
+        y.addmm_(_down(rows, x, terms), up, alpha=1.0 if scale is None else scale)
     return list(y.view(*x.shape[:-1], weight.shape[0]).split(list(splits), dim=-1))
 
 

@@ -92,7 +92,8 @@ def load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
             tensors = peft_format.to_own_names(tensors, method, model)
     _check_shapes(model, tensors, folder)
     if expected is not None:
-        base = [(name, t) for name, t in _all_tensors(model).items() if name not in tensors]
+        twice = _aliases(model)
+        base = [(name, t) for name, t in _all_tensors(model).items() if name not in tensors and name not in twice]
         if fingerprint(base) != expected:
             raise FastPEFTError(
                 f"{folder} was trained on another base than this {type(model).__name__}: weights, architecture or "

@@ -1,4 +1,4 @@
-"""The two files of a saved adapter, written so that a crash never leaves half of one."""
+"""The two files of a saved adapter: each is written whole or not at all, and a checksum ties them together."""
 
 from __future__ import annotations
 

@@ -184,6 +184,11 @@ class Loop:
                 + self._remedy("The step")
             )
         stepped = self.scale.unscale()
+        if not stepped and self.scale.exhausted:
+            raise DivergedError(
+                f"step {position.global_step + 1} (epoch {position.epoch + 1}): a gradient is not finite at the "
+                f"smallest loss scale; {self._remedy('The step')}"
+            )
         self.stepper.step() if stepped else self.stepper.skip()
         self.scale.update(stepped)
         position.step += 1

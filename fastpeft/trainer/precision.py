@@ -86,6 +86,11 @@ class LossScale:
             torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
         return bool(finite)
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether the scale cannot be halved any more: an overflow is then the gradients' own."""
+        return self.enabled and self.scale <= self.SMALLEST
+
     def update(self, stepped: bool) -> None:
         """Adapt the scale after a step that was taken or skipped."""
         if not self.enabled:

@@ -49,7 +49,7 @@ def rows(results: dict[str, Any]) -> dict[str, str]:
     test = results["test_accuracy"]
     table = {
         "method": results["method"],
-        "trained parameters": f"{results['trained_parameters']:,} ({results['trained_share']:.2%} of the backbone)",
+        "trained parameters": f"{results['trained_parameters']:,} ({results['trained_share']:.2%} of all)",
         "test accuracy": f"{test['last']:.2%} at the last epoch",
     }
     if test.get("best_val") is not None:

@@ -131,8 +131,9 @@ def test_odd_layers(change, reason):
 
 def test_scales_are_read_at_every_forward():
     plain, patched = pair(adapted(lora()))
-    with rescale_adapter_scale(plain, 0.3), rescale_adapter_scale(patched, 0.3):
-        assert_same_steps(plain, patched, images(dtype=torch.float64))
+    for scale in (0.3, 0.0):
+        with rescale_adapter_scale(plain, scale), rescale_adapter_scale(patched, scale):
+            assert_same_steps(plain, patched, images(dtype=torch.float64))
     assert_same_steps(plain, patched, images(dtype=torch.float64))
 
 

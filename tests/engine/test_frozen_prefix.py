@@ -36,6 +36,8 @@ def test_decoding_features_is_the_forward(method, variant):
         return
     features = prefix.encode(x)
     assert not features.requires_grad
+    if expected == "the whole backbone":
+        assert features.ndim == (3 if variant == "distilled" else 2), "what the head reads, not rows to pool"
     assert model.training and features.shape[0] == 3
     for training in (True, False):
         model.train(training)

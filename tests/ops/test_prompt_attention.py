@@ -143,13 +143,19 @@ def test_lower_precision_against_the_unfused_path(tokens, length, dtype):
     assert error(prompt_attention(*arguments)) <= min(2 * unfused + torch.finfo(dtype).eps / 2, 0.02)
 
 
+@pytest.fixture
+def matrix_units(monkeypatch):
+    """A CPU that multiplies bf16 natively, whatever this one does."""
+    monkeypatch.setattr("fastpeft.ops.prompt_attention.cpu_features", lambda: frozenset({"amx_bf16"}))
+
+
 def explicit(q, k, v, prompt_k, prompt_v):
     """Plain PyTorch in the inputs' own type, product by product."""
     k, v = (torch.cat((t, p.expand(len(t), -1, -1, -1)), dim=2) for t, p in ((k, prompt_k), (v, prompt_v)))
     return torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2), dim=-1) @ v
 
 
-@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.usefixtures("poisoned_memory", "matrix_units")
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize(
     ("queries", "tokens", "length"), [(1, 1, 0), (1, 197, 10), (17, 17, 0), (65, 65, 10), (257, 257, 200)]
@@ -172,6 +178,7 @@ def test_bf16_gradients_are_no_worse_than_explicit_products(queries, tokens, len
             assert error <= 1.25 * allowed + 2**-9
 
 
+@pytest.mark.usefixtures("matrix_units")
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2), (3, 4)])
 def test_bf16_gradients_one_by_one_and_twice(wanted):
     """Only what is asked for is computed, and a kept graph gives the same again."""
@@ -186,6 +193,30 @@ def test_bf16_gradients_one_by_one_and_twice(wanted):
         assert all(torch.equal(gradient, expected[i]) for gradient, i in zip(found, wanted, strict=True))
 
 
+@pytest.mark.usefixtures("matrix_units")
+def test_a_backward_pass_inside_autocast():
+    q, k, v, *_ = (t.detach().bfloat16().requires_grad_() for t in inputs(17, 0, 32))
+    expected = torch.autograd.grad(prompt_attention(q, k, v).sum(), (q, k, v))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(prompt_attention(q, k, v).sum(), (q, k, v))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.usefixtures("matrix_units")
+def test_function_transforms():
+    q, k, v, *_ = (t.detach().bfloat16() for t in inputs(17, 0, 32))
+    found = torch.func.grad(lambda q: prompt_attention(q, k, v).sum())(q)
+    expected = torch.autograd.grad(prompt_attention(q.requires_grad_(), k, v).sum(), q)[0]
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)
+
+
+def test_a_cpu_without_bf16_products_runs_torchs_own(monkeypatch):
+    monkeypatch.setattr("fastpeft.ops.prompt_attention.cpu_features", lambda: frozenset({"avx512f"}))
+    q = torch.randn(1, 1, 4, 32, dtype=torch.bfloat16, requires_grad=True)
+    assert "_Recomputed" not in type(prompt_attention(q, q, q).grad_fn).__name__
+
+
+@pytest.mark.usefixtures("matrix_units")
 def test_long_and_masked_attention_is_torchs_own():
     q = torch.randn(1, 1, 4, 32, dtype=torch.bfloat16, requires_grad=True)
     k = torch.randn(1, 1, 641, 32, dtype=torch.bfloat16)

@@ -71,3 +71,12 @@ def test_other_formats_are_not_scaled():
     found = precision.LossScale([], enabled=False)
     found.update(stepped=False)
     assert found.unscale() and found.scale == 1.0
+
+
+def test_an_overflow_at_the_smallest_scale_is_the_gradients_own():
+    scale = precision.LossScale([], enabled=True)
+    while scale.scale > scale.SMALLEST:
+        assert not scale.exhausted
+        scale.update(stepped=False)
+    assert scale.exhausted
+    assert not precision.LossScale([], enabled=False).exhausted

@@ -169,7 +169,7 @@ def test_sigkill_at_random_moments(command, environment, write_config, tmp_path)
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.wait()
-    assert kills, f"every run ended before it was killed: {moments}"
+    assert kills >= 2, f"too many runs ended before they were killed: {moments}"
     last = command(config)
     assert last.returncode == 0, last.stderr
     assert adapter_bytes(tmp_path / "cut") == adapter_bytes(tmp_path / "whole"), moments

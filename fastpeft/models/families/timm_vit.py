@@ -95,19 +95,27 @@ class TimmVisionTransformer(EngineHost):
             return None
         return 2 if hasattr(self, "head_dist") else 1
 
+    def _fastpeft_pools(self) -> bool:
+        """Whether the head reads one pooled row an image, as timm's own forward_head does it."""
+        own = self.fastpeft_host.spec.known_readout and not any(name in self.__dict__ for name in _READOUT)
+        return own and bool(self.global_pool) and not hasattr(self, "head_dist")
+
     def fastpeft_encode(self, images: Tensor, start: int) -> Tensor:
         """What comes before block `start`; everything before the head's layer for start > number of blocks."""
         x = self._fastpeft_stem(images)
         noise = begin(self)
         rows = self._fastpeft_rows() if start >= len(self.blocks) else None
         x = run_blocks(self, x, noise, rows, stop=start)
-        return self.norm(x) if start > len(self.blocks) else x
+        if start <= len(self.blocks):
+            return x
+        x = self.norm(x)
+        return self.fc_norm(self.pool(x)) if self._fastpeft_pools() else x
 
     def fastpeft_decode(self, features: Tensor, start: int) -> Tensor:
         """The rest of the forward, from what `fastpeft_encode` gave."""
         noise = begin(self)
         if start > len(self.blocks):
-            return self.forward_head(features)
+            return self.head(self.head_drop(features)) if self._fastpeft_pools() else self.forward_head(features)
         if start < len(self.blocks):
             features = run_blocks(
                 self, features, noise, self._fastpeft_rows(), start, checkpointing=self.grad_checkpointing
