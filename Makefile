@@ -29,7 +29,7 @@ help:
 setup: $(STAMPS)/project
 
 train: setup
-	$(BIN)/deepspeed fastpeft/train.py --config $(CONFIG) out=$(OUT)
+	$(BIN)/deepspeed --log_level error fastpeft/train.py --config $(CONFIG) out=$(OUT)
 	$(BIN)/python -m bench.compare $(OUT)
 
 test: setup

@@ -13,7 +13,21 @@ from torch import nn
 import fastpeft
 from fastpeft.errors import FastPEFTError
 
-_NEEDED = ("base_model", "image_size", "mean", "std", "class_names")
+_NEEDED = {
+    "base_model": ("a string", lambda value: isinstance(value, str)),
+    "image_size": ("a positive number of pixels", lambda value: type(value) is int and value > 0),
+    "mean": ("three numbers", lambda value: _are_numbers(value)),
+    "std": ("three numbers", lambda value: _are_numbers(value)),
+    "class_names": ("a list of strings", lambda value: _is_list_of(value, str)),
+}
+
+
+def _is_list_of(value: object, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+def _are_numbers(value: object) -> bool:
+    return _is_list_of(value, (int, float)) and len(value) == 3
 
 
 class Predictor:
@@ -43,6 +57,9 @@ class Predictor:
                 f"{folder}: its config does not say {', '.join(missing)}; save the adapter with these as metadata, "
                 "as fastpeft.train does, or use fastpeft.load on a model of your own"
             )
+        for key, (expected, fits) in _NEEDED.items():
+            if not fits(config[key]):
+                raise FastPEFTError(f"{folder}: {key} is {config[key]!r} in its config, expected {expected}")
         self.class_names: list[str] = list(config["class_names"])
         self._size, self._mean, self._std = config["image_size"], config["mean"], config["std"]
         self._resize = config.get("resize", "squash")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,12 @@ def test_top_must_be_positive(capfd):
         predict.main(["folder", "image.png", "--top", "0"])
     assert caught.value.code == 2
     assert "--top" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("key, value", [("image_size", "32"), ("mean", 3), ("class_names", "blue"), ("base_model", 1)])
+def test_a_value_of_the_wrong_kind_is_named(adapter, images, capfd, key, value):  # noqa: F811
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    assert predict.main([str(adapter), str(images / "test" / "red" / "000.png")]) == 2
+    err = capfd.readouterr().err
+    assert len(err.strip().splitlines()) == 1 and f"{key} is {value!r}" in err

@@ -128,7 +128,7 @@ class FrozenPrefix(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Features of a batch: (B, ...) -> (B, N + carried, d), or the head's input where the whole backbone is frozen."""
+        """Features of a batch: (B, ...) -> (B, N + carried, d), or the head's input if all of it is frozen."""
         host = self.decoder.model
         training = host.training
         host.eval()

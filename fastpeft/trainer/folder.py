@@ -82,14 +82,16 @@ class RunFolder:
             ConfigError: It belongs to a run with another configuration; the message names the keys.
         """
         identity = config.identity()
-        try:
-            before = json.loads(self._config.read_text())
-        except (OSError, ValueError):
-            before = None
-        begun = self.results.exists() or any(self.checkpoints.glob("step-*"))
-        if before is None or not begun:
+        if not self.results.exists() and not any(self.checkpoints.glob("step-*")):
             checkpoint.write_text(self._config, json.dumps(identity, indent=1))
             return
+        try:
+            before = json.loads(self._config.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"out: {self.root} holds a run whose {self._config.name} cannot be read ({error}); "
+                "give another out=FOLDER, or --fresh to start over"
+            ) from None
         if before != identity:
             keys = sorted(key for key in before.keys() | identity.keys() if before.get(key) != identity.get(key))
             changes = ", ".join(f"{key} (was {before.get(key)}, now {identity.get(key)})" for key in keys)

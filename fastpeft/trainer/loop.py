@@ -88,6 +88,12 @@ class Loop:
         if found is None:
             return False
         tensors, state = found
+        fields = Position.__dataclass_fields__.keys()
+        if state["position"].keys() != fields:
+            raise FastPEFTError(
+                f"{self.folder.checkpoints} was written by another version of fastpeft: its position has "
+                f"{', '.join(sorted(state['position'].keys() ^ fields))} where this one differs; --fresh starts over"
+            )
         self.position = Position(**state["position"])
         self._train_seconds_before = self.position.train_seconds
         self._other_seconds_before = self.position.other_seconds

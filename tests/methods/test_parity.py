@@ -61,11 +61,17 @@ def test_rounding_errors_on_other_variants(kind, variant, method):
     _check_errors(kind, variant, method)
 
 
-def _check_errors(kind, variant, method):
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_rounding_errors_in_evaluation_mode(kind, method):
+    _check_errors(kind, "class_token", method, training=False)
+
+
+def _check_errors(kind, variant, method, training=True):
     dtype, autocast, cap = TYPES[kind]
     # Normalisation by the statistics of eight images amplifies any rounding as it likes: hidden layers of a head are
     # compared with their running statistics.
-    training = not any(part.name == "mlp_head" for part in METHODS[method].parts())
+    training = training and not any(part.name == "mlp_head" for part in METHODS[method].parts())
     errors = measure(METHODS[method], variant, dtype, training, autocast=autocast)
     assert len(errors) > 1
     # What a weak method adds to the logits may be few roundings of them, so the cap on it is its own size.

@@ -272,3 +272,18 @@ def test_a_config_that_does_not_fit(change, message, saved):
 def test_tensors_that_do_not_fit(change, message, saved):
     rewritten(saved, change_tensors=change)
     refused(vit(), saved, message)
+
+
+@pytest.mark.parametrize("tied_when_saved", [True, False])
+def test_a_base_with_a_weight_under_two_names(tied_when_saved, tmp_path):
+    def base(tied):
+        model = vit()
+        if tied:
+            model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
+        return model
+
+    model = fastpeft.patch(base(tied_when_saved), fastpeft.VPT(2)).eval()
+    fastpeft.save(model, tmp_path)
+    if tied_when_saved:
+        assert torch.equal(fastpeft.load(base(True), tmp_path).eval()(images()), model(images()))
+    refused(base(not tied_when_saved), tmp_path, "another base")

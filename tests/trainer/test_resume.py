@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fastpeft.trainer import checkpoint
 from fastpeft.trainer.loop import Loop
 from tests.trainer.conftest import ROOT
 
@@ -178,3 +179,26 @@ def test_sigkill_at_random_moments(command, environment, write_config, tmp_path)
 def newest_step(out: Path) -> int:
     """The step of the newest finished checkpoint, 0 without one."""
     return max((int(path.name.partition("-")[2]) for path in (out / "checkpoints").glob("step-*")), default=0)
+
+
+def test_a_folder_whose_owner_cannot_be_read_is_not_taken_over(train, write_config, tmp_path):
+    config = write_config(train={"epochs": 2})
+    assert train(config)[0] == 0
+    (tmp_path / "out" / "config.json").write_text("{")
+    before = (tmp_path / "out" / "adapter" / "adapter_model.safetensors").read_bytes()
+    code, _, err = train(config)
+    assert code == 2 and "config.json cannot be read" in err and len(err.strip().splitlines()) == 1
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_version_is_one_line(train, write_config, tmp_path):
+    config = write_config(train={"epochs": 2})
+    assert train(config)[0] == 0
+    folder = tmp_path / "out"
+    (folder / "results.json").unlink()
+    newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    tensors, state = checkpoint.load(newest)
+    state["position"]["minute"] = state["position"].pop("epoch")
+    checkpoint.save(folder / "checkpoints", int(newest.name[5:]), tensors, state)
+    code, _, err = train(config)
+    assert code == 1 and "another version" in err and "epoch, minute" in err and "--fresh" in err
