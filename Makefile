@@ -13,6 +13,8 @@ PIP := $(BIN)/python -m pip
 INSTALL := $(PIP) install -qq --disable-pip-version-check --constraint constraints.txt
 STAMPS := .venv/.stamps
 TORCH_STAMP := $(STAMPS)/torch-$(shell echo "$(TORCH)" | cksum | cut -d ' ' -f 1)
+# Without an NVIDIA driver, DeepSpeed's search for a GPU ends in a warning each time it is started.
+ACCELERATOR := $(if $(shell command -v nvidia-smi),,DS_ACCELERATOR=cpu)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
@@ -29,7 +31,7 @@ help:
 setup: $(STAMPS)/project
 
 train: setup
-	$(BIN)/deepspeed --log_level error fastpeft/train.py --config $(CONFIG) out=$(OUT)
+	$(ACCELERATOR) $(BIN)/deepspeed --log_level error fastpeft/train.py --config $(CONFIG) out=$(OUT)
 	$(BIN)/python -m bench.compare $(OUT)
 
 test: setup

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from safetensors.torch import load_file
 
 from tests.trainer.conftest import ROOT
 
-LAUNCHER = shutil.which("deepspeed")
-pytestmark = pytest.mark.skipif(LAUNCHER is None, reason="DeepSpeed's launcher is not on the path")
+# Beside the interpreter: an environment that is not activated is not on the path.
+LAUNCHER = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+pytestmark = pytest.mark.skipif(LAUNCHER is None, reason="DeepSpeed's launcher is neither beside the interpreter nor on the path")
 
 
 def launcher(ranks: int) -> tuple[str, ...]:
