@@ -29,6 +29,19 @@ def _word(z: Tensor) -> Tensor:
     return (((z & _WORD) ^ (1 << 31)) - (1 << 31)).to(torch.int32)
 
 
+def _key(seed: Tensor, step: Tensor, site: int) -> Tensor:
+    return _mix64(_mix64(seed.to(step.device) + _GOLDEN) + step * _GOLDEN + site)
+
+
+def _rows(key: Tensor, first: int, count: int) -> Tensor:
+    rows = torch.arange(first, first + count, device=key.device, dtype=torch.int64)
+    return _word(_mix64((key ^ _MIX[0]) + rows * _GOLDEN))
+
+
+def _columns(key: Tensor, count: int) -> Tensor:
+    return _word(_mix64(key + torch.arange(count, device=key.device, dtype=torch.int64) * _GOLDEN))
+
+
 @torch.no_grad()
 def dropout_mask(
     seed: Tensor, step: Tensor, site: int, samples: tuple[int, int] | None, size: int, p: float, dtype: torch.dtype
@@ -52,20 +65,48 @@ def dropout_mask(
     """
     if not 0.0 <= p < 1.0:
         raise ValueError(f"dropout probability must be in [0, 1), got {p}")
-    device = step.device
-    key = _mix64(_mix64(seed.to(device) + _GOLDEN) + step * _GOLDEN + site)
-    columns = _word(_mix64(key + torch.arange(size, device=device, dtype=torch.int64) * _GOLDEN))
-    if samples is None:
-        z = columns.clone()
-    else:
-        first, count = samples
-        rows = torch.arange(first, first + count, device=device, dtype=torch.int64)
-        rows = _word(_mix64((key ^ _MIX[0]) + rows * _GOLDEN))
-        z = rows[:, None] ^ columns[None, :]
+    key = _key(seed, step, site)
+    columns = _columns(key, size)
+    z = columns.clone() if samples is None else _rows(key, *samples)[:, None] ^ columns[None, :]
+    return _kept(z, p).to(dtype).mul_(1.0 / (1.0 - p))
+
+
+def _kept(z: Tensor, p: float) -> Tensor:
+    """Whether each of the int32 words, which are overwritten, lies in the share 1 - p that is kept."""
     # Two rounds of a 32-bit finaliser on words that are already well mixed each; in place, the mask may be large.
     z.mul_(0x7FEB352D)
     z.bitwise_xor_((z >> 15) & 0x1FFFF)
     z.mul_(0x846CA68B - (1 << 32))
     z.bitwise_xor_((z >> 16) & 0xFFFF)
-    threshold = round(p * (1 << 32)) - (1 << 31)
-    return (z >= threshold).to(dtype).mul_(1.0 / (1.0 - p))
+    return z >= round(p * (1 << 32)) - (1 << 31)
+
+
+def keep_by_words(rows: Tensor, columns: Tensor, p: float) -> Tensor:
+    """The mask of row and column words: boolean, True where kept.
+
+    Args:
+        rows: int32, broadcastable with columns.
+        columns: int32.
+        p: probability of False.
+    """
+    return _kept(rows ^ columns, p)
+
+
+@torch.no_grad()
+def attention_words(
+    seed: Tensor, step: Tensor, site: int, samples: tuple[int, int], heads: int, queries: int, keys: int
+) -> tuple[Tensor, Tensor]:
+    """Words whose mask is that of `dropout_mask` over rows (sample, head, query) of `keys` elements.
+
+    Args:
+        seed, step, site: as of `dropout_mask`.
+        samples: (first, count) of the samples' positions in the global batch.
+        heads, queries, keys: shape of a sample's probabilities.
+
+    Returns:
+        int32 (count, heads, queries) and (keys,).
+    """
+    key = _key(seed, step, site)
+    first, count = samples
+    rows = _rows(key, first * heads * queries, count * heads * queries)
+    return rows.view(count, heads, queries), _columns(key, keys)

@@ -8,11 +8,16 @@ The product with W is never repeated and W is never changed; the terms add into 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastpeft.ops import registered
+from fastpeft.ops.choose import choose, is_reference
+from fastpeft.ops.split_columns import split_columns
 
 
 class LowRankTerm(NamedTuple):
@@ -38,7 +43,12 @@ class LowRankTerm(NamedTuple):
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[LowRankTerm], splits: Sequence[int]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    terms: Sequence[LowRankTerm],
+    splits: Sequence[int],
+    backend: str = "auto",
 ) -> list[Tensor]:
     """Apply the layer and cut its output.
 
@@ -48,10 +58,96 @@ def lora_linear(
         bias: (out,) or None.
         terms: low-rank terms; each spans one of the parts or all of them.
         splits: widths of the parts, together `out`.
+        backend: "auto" or one of `fastpeft.ops.choose.BACKENDS`; a layer without terms is torch's own product.
 
     Returns:
         The parts, (..., width) each, views of one tensor.
+
+    Raises:
+        BackendError: the backend asked for cannot run.
     """
+    if not is_reference("lora_linear", backend):
+        y = _fused(x, weight, bias, terms, backend) if terms else F.linear(x, weight, bias)
+        if y is not None:
+            return split_columns(y, splits)
+    return reference(x, weight, bias, terms, splits)
+
+
+def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[LowRankTerm], backend: str) -> Tensor | None:
+    """The layer by an implementation, or None if the reference is to run."""
+    if any(term.dropout is not None for term in terms):
+        # A mask on x of its own for every term is another product, not an epilogue of this one.
+        return None
+    bias = _bias(bias, terms, weight)
+    factors = [t for term in terms for t in (term.a, term.b)]
+    shape = [(term.scale, term.start, term.stop) for term in terms]
+    if torch.compiler.is_compiling():
+        scales, starts, stops = (list(values) for values in zip(*shape, strict=True))
+        return registered.lora_linear(x, weight, bias, factors, scales, starts, stops, backend)
+    rows = x.flatten(0, -2)
+    module = choose("lora_linear", backend, x.device, lambda module: reasons(module, rows, weight, bias, terms))
+    if module is None:
+        return None
+    return _LoraLinear.apply(rows, weight, bias, shape, module, *factors).view(*x.shape[:-1], -1)
+
+
+def reasons(module: ModuleType, rows: Tensor, weight: Tensor, bias: Tensor | None, terms) -> list[str]:
+    """Why an implementation cannot serve."""
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return ["the layer's own weight or bias is trained"]
+    return module.reasons(rows, weight, bias, plain(terms))
+
+
+def plain(terms: Sequence[LowRankTerm]) -> list[tuple[Tensor, Tensor, float, int, int]]:
+    """(a, b, scale, start, stop) of each term, as implementations take them."""
+    return [(t.a, t.b, t.scale, t.start, t.stop) for t in terms]
+
+
+def terms_from(
+    factors: Sequence[Tensor], scales: Sequence[float], starts: Sequence[int], stops: Sequence[int]
+) -> list[LowRankTerm]:
+    """Terms from what the registered operator is given: a and b of each in turn."""
+    shape = zip(scales, starts, stops, strict=True)
+    return [LowRankTerm(a, b, *place) for a, b, place in zip(factors[::2], factors[1::2], shape, strict=True)]
+
+
+class _LoraLinear(torch.autograd.Function):
+    """Keeps x and x A^T for the factors' gradients; nothing for the frozen weight's."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, shape, module: ModuleType, *factors):
+        y, h = module.forward(x, weight, bias, plain(_terms(factors, shape)))
+        trained = any(ctx.needs_input_grad[5:])
+        ctx.save_for_backward(weight, x if trained else None, h if trained else None, *factors)
+        ctx.shape, ctx.module, ctx.trained = shape, module, trained
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor):
+        weight, x, h, *factors = ctx.saved_tensors
+        dx, pairs = ctx.module.backward(
+            dy,
+            x,
+            weight,
+            plain(_terms(factors, ctx.shape)),
+            h,
+            needs_x=ctx.needs_input_grad[0],
+            needs_factors=ctx.trained,
+        )
+        found = [None] * len(factors) if pairs is None else [gradient for pair in pairs for gradient in pair]
+        kept = [g if need else None for g, need in zip(found, ctx.needs_input_grad[5:], strict=True)]
+        return dx, None, None, None, None, *kept
+
+
+def _terms(factors: Sequence[Tensor], shape: Sequence[tuple[float, int, int]]) -> list[LowRankTerm]:
+    return terms_from(factors, *zip(*shape, strict=True))
+
+
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[LowRankTerm], splits: Sequence[int]
+) -> list[Tensor]:
+    """The equation in plain PyTorch. Arguments as of `lora_linear`."""
     rows = x.flatten(0, -2)
     y = F.linear(rows, weight, _bias(bias, terms, weight))
     if terms:

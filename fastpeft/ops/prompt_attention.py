@@ -7,13 +7,29 @@ Prompts are keys and values only. Their queries would produce rows that nobody r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpeft._native import cpu_features
+from fastpeft.ops import registered
+from fastpeft.ops.choose import choose, is_reference
+from fastpeft.ops.dropout_mask import keep_by_words
+from fastpeft.ops.recomputed_attention import Recomputed, recomputes
+
+
+class Words(NamedTuple):
+    """Random words of a dropout mask on attention probabilities; see `dropout_mask.attention_words`.
+
+    Attributes:
+        rows: int32 (B, H, Nq).
+        columns: int32 (N + p,), the tokens' first.
+    """
+
+    rows: Tensor
+    columns: Tensor
 
 
 def prompt_attention(
@@ -26,6 +42,9 @@ def prompt_attention(
     causal: bool = False,
     scale: float | None = None,
     dropout: float = 0.0,
+    words: Words | None = None,
+    prompt_index: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Scaled dot-product attention over tokens and prompts.
 
@@ -33,17 +52,56 @@ def prompt_attention(
         q: (B, H, Nq, D).
         k: (B, H, N, D), any strides.
         v: like k.
-        prompt_k: (H, p, D) shared by the batch, (B, H, p, D), or None.
+        prompt_k: (H, p, D) shared by the batch, (B, H, p, D), with `prompt_index` a bank (T, H, p, D), or None.
         prompt_v: like prompt_k.
         attn_mask: broadcastable to (B, H, Nq, N), boolean (True: may attend) or additive; every query sees the prompts.
         causal: token i sees tokens 0..i and every prompt; not together with attn_mask.
         scale: of the logits; D ** -0.5 if None.
         dropout: probability on the attention weights.
+        words: where its mask comes from; torch's generator if None.
+        prompt_index: (B,), which of the bank's prompts each sample sees.
+        backend: "auto" or one of `fastpeft.ops.choose.BACKENDS`.
 
     Returns:
         (B, H, Nq, D).
+
+    Raises:
+        BackendError: the backend asked for cannot run.
+        ValueError: a mask together with `causal`.
     """
-    if prompt_k is not None and prompt_k.shape[-2] > 0:
+    if causal and attn_mask is not None:
+        raise ValueError("prompt_attention takes a mask or causal=True, not both")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if prompt_k is not None and prompt_k.shape[-2] == 0:
+        prompt_k = prompt_v = prompt_index = None
+    # torch's generator draws inside torch's own function only.
+    if not is_reference("prompt_attention", backend) and (not dropout or words is not None):
+        options = Options(_additive(attn_mask, q.dtype), causal, scale, dropout, words, prompt_index)
+        if torch.compiler.is_compiling():
+            return registered.prompt_attention(q, k, v, prompt_k, prompt_v, **options.keywords(), backend=backend)[0]
+        module = chosen(backend, q, k, v, prompt_k, prompt_v, options)
+        if module is not None:
+            return _Attention.apply(q, k, v, prompt_k, prompt_v, options, module)
+    return reference(q, k, v, prompt_k, prompt_v, attn_mask, causal, scale, dropout, words, prompt_index)
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor | None,
+    prompt_v: Tensor | None,
+    attn_mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout: float,
+    words: Words | None,
+    prompt_index: Tensor | None,
+) -> Tensor:
+    """The equation in plain PyTorch: keys and values concatenated. Arguments as of `prompt_attention`."""
+    if prompt_k is not None:
+        if prompt_index is not None:
+            prompt_k, prompt_v = prompt_k[prompt_index], prompt_v[prompt_index]
         length = prompt_k.shape[-2]
         if causal:
             attn_mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
@@ -52,76 +110,119 @@ def prompt_attention(
             attn_mask = F.pad(attn_mask, (0, length), value=True if attn_mask.dtype == torch.bool else 0.0)
         k = torch.cat((k, prompt_k.expand(k.shape[0], -1, -1, -1)), dim=2)
         v = torch.cat((v, prompt_v.expand(v.shape[0], -1, -1, -1)), dim=2)
-    if attn_mask is None and not causal and not dropout and _recomputes(q, k, v):
-        return _Recomputed.apply(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+    if dropout and words is not None:
+        return _dropped(q, k, v, attn_mask, causal, scale, dropout, words)
+    if attn_mask is None and not causal and not dropout and recomputes(q, k, v):
+        return Recomputed.apply(q, k, v, scale)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=attn_mask, is_causal=causal, scale=scale, dropout_p=dropout
     )
 
 
-# Up to this many keys the backward pass written in products is the faster one: bench/results, part prompt_attention.
-_MOST_KEYS = 640
-# Scores of one turn of its loop: they stay in a core's cache.
-_SCORES = 1 << 19
-
-
-def _recomputes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether torch would run its CPU flash attention for bf16, whose backward does not use the matrix units."""
-    return (
-        q.device.type == "cpu"
-        and q.dtype == k.dtype == v.dtype == torch.bfloat16
-        and k.shape[-2] <= _MOST_KEYS
-        and torch.is_grad_enabled()
-        and (q.requires_grad or k.requires_grad or v.requires_grad)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not cpu_features().isdisjoint({"amx_bf16", "avx512_bf16"})
+def by_reference(q, k, v, prompt_k, prompt_v, options: Options) -> Tensor:
+    """The reference with an implementation's arguments."""
+    return reference(
+        q,
+        k,
+        v,
+        prompt_k,
+        prompt_v,
+        options.bias,
+        options.causal,
+        options.scale,
+        options.dropout,
+        options.words,
+        options.prompt_index,
     )
 
 
-class _Recomputed(torch.autograd.Function):
-    """Attention that keeps q, k, v and computes its probabilities again in the backward pass.
+def _dropped(q, k, v, attn_mask, causal: bool, scale: float, dropout: float, words: Words) -> Tensor:
+    """Attention whose probabilities meet a mask that is a function of counters."""
+    scores = (q * scale) @ k.transpose(-1, -2)
+    if causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None:
+        scores = scores + _additive(attn_mask, scores.dtype)
+    keep = keep_by_words(words.rows[..., None], words.columns, dropout)
+    return (scores.softmax(-1) * keep.to(scores.dtype) / (1.0 - dropout)) @ v
 
-    P = softmax(scale q k^T),  dv = P^T dy,  dP = dy v^T,  dS = P * (dP - sum(P * dP)),
-    dq = scale dS k,  dk = scale dS^T q
-    """
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask as a bias on the scores."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+
+
+def chosen(backend: str, q, k, v, prompt_k, prompt_v, options: Options) -> ModuleType | None:
+    """The module that serves these arguments, or None for the reference."""
+    return choose(
+        "prompt_attention",
+        backend,
+        q.device,
+        lambda module: module.reasons(q, k, v, prompt_k, prompt_v, **options.keywords()),
+    )
+
+
+class Options(NamedTuple):
+    """What an implementation is told beside q, k, v and prompts."""
+
+    bias: Tensor | None
+    causal: bool
+    scale: float
+    dropout: float
+    words: Words | None
+    prompt_index: Tensor | None
+
+    def keywords(self) -> dict:
+        """As the keyword arguments of an implementation."""
+        rows, columns = (None, None) if self.words is None else self.words
+        return {
+            "bias": self.bias,
+            "causal": self.causal,
+            "scale": self.scale,
+            "dropout": self.dropout,
+            "row_words": rows,
+            "column_words": columns,
+            "prompt_index": self.prompt_index,
+        }
+
+    @classmethod
+    def of(cls, bias, causal, scale, dropout, row_words, column_words, prompt_index) -> Options:
+        """From the arguments of the registered operator."""
+        words = None if row_words is None else Words(row_words, column_words)
+        return cls(bias, causal, scale, dropout, words, prompt_index)
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps q, k, v, the prompts, the output and the log-sum-exp of every row."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.scale = scale
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    def forward(ctx, q, k, v, prompt_k, prompt_v, options: Options, module: ModuleType):
+        out, lse = module.forward(q, k, v, prompt_k, prompt_v, **options.keywords())
+        ctx.save_for_backward(q, k, v, prompt_k, prompt_v, out, lse)
+        ctx.options, ctx.module = options, module
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy: Tensor):
-        with torch.autocast("cpu", enabled=False):
-            return (*_gradients(*ctx.saved_tensors, dy, ctx.scale, ctx.needs_input_grad), None)
+    def backward(ctx, dout: Tensor):
+        q, k, v, *rest = ctx.saved_tensors
+        packed = _packed_like(q, k, v) if all(ctx.needs_input_grad[:3]) else None
+        gradients = ctx.module.backward(
+            dout, q, k, v, *rest, **ctx.options.keywords(), needs=ctx.needs_input_grad[:5], packed=packed
+        )
+        return (*gradients, None, None)
 
 
-def _gradients(
-    q: Tensor, k: Tensor, v: Tensor, dy: Tensor, scale: float, needs: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dq, dk and dv, or None for those that nobody needs."""
-    needs_q, needs_k, needs_v, _ = needs
-    # Rows of a gradient lie as those of its input do before the heads are split, so that merging them is a view.
-    dq, dk, dv = (_like(t) if need else None for t, need in ((q, needs_q), (k, needs_k), (v, needs_v)))
-    step = max(1, _SCORES // max(1, q.shape[1] * q.shape[2] * k.shape[2]))
-    for first in range(0, q.shape[0], step):
-        part = slice(first, first + step)
-        qs, ks, vs, dys = q[part] * scale, k[part], v[part], dy[part]
-        p = torch.softmax(qs @ ks.transpose(-1, -2), dim=-1)
-        if needs_v:
-            dv[part] = p.transpose(-1, -2) @ dys
-        if needs_q or needs_k:
-            ds = torch._softmax_backward_data(dys @ vs.transpose(-1, -2), p, -1, p.dtype)
-            if needs_q:
-                dq[part] = (ds @ ks).mul_(scale)
-            if needs_k:
-                dk[part] = ds.transpose(-1, -2) @ qs
-    return dq, dk, dv
-
-
-def _like(t: Tensor) -> Tensor:
-    batch, heads, rows, dim = t.shape
-    return t.new_empty(batch, rows, heads, dim).transpose(1, 2)
+def _packed_like(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """Memory (B, N, 3, H, D) for three gradients side by side, if q, k and v lie like that themselves."""
+    batch, heads, rows, dim = q.shape
+    width = heads * dim
+    strides = (rows * 3 * width, dim, 3 * width, 1)
+    if not (q.shape == k.shape and q.stride() == k.stride() == v.stride() == strides):
+        return None
+    start = q.storage_offset()
+    if (k.storage_offset() - start, v.storage_offset() - start) != (width, 2 * width):
+        return None
+    return q.new_empty(batch, rows, 3, heads, dim)

@@ -146,7 +146,7 @@ def test_lower_precision_against_the_unfused_path(tokens, length, dtype):
 @pytest.fixture
 def matrix_units(monkeypatch):
     """A CPU that multiplies bf16 natively, whatever this one does."""
-    monkeypatch.setattr("fastpeft.ops.prompt_attention.cpu_features", lambda: frozenset({"amx_bf16"}))
+    monkeypatch.setattr("fastpeft.ops.recomputed_attention.cpu_features", lambda: frozenset({"amx_bf16"}))
 
 
 def explicit(q, k, v, prompt_k, prompt_v):
@@ -169,7 +169,7 @@ def test_bf16_gradients_are_no_worse_than_explicit_products(queries, tokens, len
     count = 5 if length else 3
     expected = torch.autograd.grad(prompt_attention(*exact), exact[:count], weight.double())
     ours = torch.autograd.grad(out := prompt_attention(*low), low[:count], weight)
-    assert "_Recomputed" in type(out.grad_fn).__name__
+    assert "Recomputed" in type(out.grad_fn).__name__
     baseline = torch.autograd.grad(explicit(*low), low[:count], weight)
     for own, plain, true in zip(ours, baseline, expected, strict=True):
         size = true.norm()
@@ -211,14 +211,14 @@ def test_function_transforms():
 
 
 def test_a_cpu_without_bf16_products_runs_torchs_own(monkeypatch):
-    monkeypatch.setattr("fastpeft.ops.prompt_attention.cpu_features", lambda: frozenset({"avx512f"}))
+    monkeypatch.setattr("fastpeft.ops.recomputed_attention.cpu_features", lambda: frozenset({"avx512f"}))
     q = torch.randn(1, 1, 4, 32, dtype=torch.bfloat16, requires_grad=True)
-    assert "_Recomputed" not in type(prompt_attention(q, q, q).grad_fn).__name__
+    assert "Recomputed" not in type(prompt_attention(q, q, q).grad_fn).__name__
 
 
 @pytest.mark.usefixtures("matrix_units")
 def test_long_and_masked_attention_is_torchs_own():
     q = torch.randn(1, 1, 4, 32, dtype=torch.bfloat16, requires_grad=True)
     k = torch.randn(1, 1, 641, 32, dtype=torch.bfloat16)
-    assert "_Recomputed" not in type(prompt_attention(q, k, k).grad_fn).__name__
-    assert "_Recomputed" not in type(prompt_attention(q, q, q, causal=True).grad_fn).__name__
+    assert "Recomputed" not in type(prompt_attention(q, k, k).grad_fn).__name__
+    assert "Recomputed" not in type(prompt_attention(q, q, q, causal=True).grad_fn).__name__
