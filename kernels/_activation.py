@@ -10,11 +10,17 @@ CODES = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "quick_gelu": 4, "
 
 
 @triton.jit
-def _tanh(x):
-    # exp of a negative number only, so that nothing overflows.
-    e = tl.exp(-2.0 * tl.abs(x))
-    t = (1.0 - e) / (1.0 + e)
-    return tl.where(x < 0, -t, t)
+def _sigmoid(x):
+    """sigmoid(x) and its derivative, without overflow and without the difference 1 - sigmoid(x)."""
+    e = tl.exp(-tl.abs(x))
+    r = 1.0 / (1.0 + e)
+    return tl.where(x < 0.0, e * r, r), e * r * r
+
+
+@triton.jit
+def _tanh_argument(z):
+    """v such that gelu_tanh(z) = z * sigmoid(v)."""
+    return 1.5957691216057308 * (z + 0.044715 * z * z * z)
 
 
 @triton.jit
@@ -25,11 +31,14 @@ def activate(z, CODE: tl.constexpr):
     elif CODE == 2:
         return 0.5 * z * (1.0 + tl.math.erf(z * 0.7071067811865476))
     elif CODE == 3:
-        return 0.5 * z * (1.0 + _tanh(0.7978845608028654 * (z + 0.044715 * z * z * z)))
+        s, _ = _sigmoid(_tanh_argument(z))
+        return z * s
     elif CODE == 4:
-        return z * tl.sigmoid(1.702 * z)
+        s, _ = _sigmoid(1.702 * z)
+        return z * s
     elif CODE == 5:
-        return z * tl.sigmoid(z)
+        s, _ = _sigmoid(z)
+        return z * s
     else:
         return z
 
@@ -43,13 +52,14 @@ def derivative(z, CODE: tl.constexpr):
         cdf = 0.5 * (1.0 + tl.math.erf(z * 0.7071067811865476))
         return cdf + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
     elif CODE == 3:
-        t = _tanh(0.7978845608028654 * (z + 0.044715 * z * z * z))
-        return 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * z * z)
+        s, slope = _sigmoid(_tanh_argument(z))
+        # The slope is 0 long before the square is too large to multiply it.
+        return s + z * slope * (1.5957691216057308 * (1.0 + 0.134145 * tl.minimum(z * z, 1e6)))
     elif CODE == 4:
-        s = tl.sigmoid(1.702 * z)
-        return s * (1.0 + 1.702 * z * (1.0 - s))
+        s, slope = _sigmoid(1.702 * z)
+        return s + z * slope * 1.702
     elif CODE == 5:
-        s = tl.sigmoid(z)
-        return s * (1.0 + z * (1.0 - s))
+        s, slope = _sigmoid(z)
+        return s + z * slope
     else:
         return tl.full(z.shape, 1.0, tl.float32)
