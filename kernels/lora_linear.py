@@ -1,0 +1,329 @@
+"""A frozen linear layer with low-rank terms beside it.
+
+    y = x W^T + b,      y[:, s_t:e_t] += scale_t h_t B_t^T,      h_t = x A_t^T               for every term t
+    dx = dy W + sum_t g_t A_t,                                   g_t = scale_t dy[:, s_t:e_t] B_t
+    dA_t = g_t^T x,     dB_t = scale_t dy[:, s_t:e_t]^T h_t
+
+Two variants compute the same. "fused": one kernel multiplies by W and adds the terms before it stores; forward, only
+tiles that lie in a term's columns pay for it. "beside": the vendor's library multiplies by W, and one kernel adds the
+terms in place. The factors' gradients are sums over rows, split among programs and added in a fixed order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fastpeft.kernels._launch import capability_of, launch, processors_of
+from fastpeft.kernels._lora_linear_beside import (
+    lora_linear_backward_beside,
+    lora_linear_factors,
+    lora_linear_forward_beside,
+)
+from fastpeft.kernels._lora_linear_fused import lora_linear_backward_fused, lora_linear_forward_fused
+from fastpeft.kernels._matmul import aligned, choose_tiles, precision, type_reasons
+
+# a (r, K), b (stop - start, r), scale, start, stop.
+Term = tuple[Tensor, Tensor, float, int, int]
+
+VARIANTS = ("fused", "beside")
+MOST_TERMS = 4
+MOST_RANK = 64
+
+# By compute capability. Nothing has been measured on a chip yet, so the large product stays with the vendor's library.
+_DEFAULT_VARIANT = {75: "beside", 80: "beside", 90: "beside", 100: "beside"}
+
+
+def reasons(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> list[str]:
+    """Why the kernels cannot take these arguments of `forward`; empty if they can."""
+    found = type_reasons(x.dtype, capability_of(x.device))
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        return [*found, f"x {tuple(x.shape)} and weight {tuple(weight.shape)} are not (M, K) and (N, K)"]
+    if weight.dtype != x.dtype:
+        found.append(f"the weight is {weight.dtype}, x is {x.dtype}")
+    if x.stride(1) != 1 or weight.stride(1) != 1:
+        found.append("x and weight need elements of a row side by side")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        found.append(f"the bias {tuple(bias.shape)} is not ({weight.shape[0]},)")
+    if not 1 <= len(terms) <= MOST_TERMS:
+        return [*found, f"{len(terms)} low-rank terms, the kernels take 1 to {MOST_TERMS}"]
+    found += [reason for index, term in enumerate(terms) for reason in _term_reasons(index, term, x, weight)]
+    if len({factor.dtype for a, b, *_ in terms for factor in (a, b)}) > 1:
+        found.append("the factors are of different types")
+    ordered = sorted((term[3], term[4]) for term in terms)
+    if any(stop > start for (_, stop), (start, _) in itertools.pairwise(ordered)):
+        found.append("columns of two terms overlap")
+    return found
+
+
+def _term_reasons(index: int, term: Term, x: Tensor, weight: Tensor) -> list[str]:
+    if any(extra is not None for extra in term[5:]):
+        return [f"term {index} has dropout or a bias of its own"]
+    a, b, _, start, stop = term[:5]
+    found = []
+    rank, columns = a.shape[0], weight.shape[0]
+    if a.shape != (rank, weight.shape[1]) or b.shape != (stop - start, rank) or not 0 <= start < stop <= columns:
+        return [
+            f"term {index}: A {tuple(a.shape)} and B {tuple(b.shape)} do not fit columns {start} to {stop} "
+            f"of a {tuple(weight.shape)} weight"
+        ]
+    if not 1 <= rank <= MOST_RANK:
+        found.append(f"term {index} has rank {rank}, the kernels take 1 to {MOST_RANK}")
+    if any(factor.dtype not in (x.dtype, torch.float32) for factor in (a, b)):
+        found.append(f"term {index}: the factors are {a.dtype} and {b.dtype}, expected {x.dtype} or float32")
+    if not a.is_contiguous() or not b.is_contiguous():
+        found.append(f"term {index}: the factors are not contiguous")
+    if any(border % 16 for border in (start, stop) if border != columns):
+        found.append(f"term {index}: columns {start} to {stop} do not begin and end at a multiple of 16")
+    return found
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term], *, variant: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Apply the layer.
+
+    Args:
+        x: (M, K), last stride 1.
+        weight: (N, K), last stride 1, in x's dtype.
+        bias: (N,) or None.
+        terms: (a, b, scale, start, stop) each; a (r, K) and b (stop - start, r), contiguous, in x's dtype or all fp32.
+        variant: "fused" or "beside"; None for the chip's default.
+
+    Returns:
+        y (M, N), and h (M, sum of r), x A^T of all terms side by side, which `backward` needs; both in x's dtype.
+
+    Raises:
+        ValueError: `reasons` is not empty, or there is no such variant.
+    """
+    refused = reasons(x, weight, bias, terms)
+    if refused:
+        raise ValueError(f"lora_linear cannot run: {'; '.join(refused)}")
+    variant = _variant(variant, x)
+    rows, (columns, inner) = x.shape[0], weight.shape
+    y = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
+    h = torch.empty((rows, sum(term[0].shape[0] for term in terms)), dtype=x.dtype, device=x.device)
+    capability, processors = capability_of(x.device), processors_of(x.device)
+    shared = _term_arguments(terms)
+    if variant == "fused":
+        everywhere = _everywhere(terms, columns)
+        widest = 256 if everywhere else _border_block(terms, columns)
+        low = (_rank_block(terms), terms[0][0].dtype.itemsize)
+        tiles = choose_tiles(rows, columns, x.dtype, capability, processors, aligned(x, weight), widest, low)
+        arguments = dict(
+            x_ptr=x, weight_ptr=weight, bias_ptr=bias, y_ptr=y, h_ptr=h, **shared,
+            M=rows, N=columns, K=inner, x_row=x.stride(0), weight_row=weight.stride(0),
+            RANKS=h.shape[1], EVERYWHERE=everywhere,
+            BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, BLOCK_R=low[0],
+            EVEN=inner % tiles.k == 0, PRECISION=precision(x.dtype),
+        )  # fmt: skip
+        grid = (triton.cdiv(rows, tiles.m) * triton.cdiv(columns, tiles.n),)
+        launch(lora_linear_forward_fused, grid, arguments, tiles.warps, tiles.stages)
+        return y, h
+    # With `out`, neither autocast nor autograd touches the product.
+    if bias is None:
+        torch.mm(x, weight.t(), out=y)
+    else:
+        torch.addmm(bias.to(x.dtype), x, weight.t(), out=y)
+    block_m, block_n, block_k, warps, stages = _beside_blocks(x.dtype, capability, aligned(x), terms)
+    widest = max(stop - start for *_, start, stop in terms)
+    grid = _beside_grid(rows, widest, block_m, block_n, processors)
+    arguments = dict(
+        x_ptr=x, y_ptr=y, h_ptr=h, **shared, M=rows, K=inner, x_row=x.stride(0), y_row=columns, RANKS=h.shape[1],
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=_rank_block(terms), PRECISION=precision(x.dtype),
+    )  # fmt: skip
+    launch(lora_linear_forward_beside, grid, arguments, warps, stages)
+    return y, h
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    terms: Sequence[Term],
+    h: Tensor,
+    *,
+    needs_x: bool = True,
+    needs_factors: bool = True,
+    variant: str | None = None,
+) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]] | None]:
+    """Gradients of the input and of the factors; nothing is computed for the weight or the bias.
+
+    Args:
+        dy: (M, N), in x's dtype.
+        x: as given to `forward`.
+        weight: as given to `forward`.
+        terms: as given to `forward`.
+        h: from `forward`.
+        needs_x: whether dx is asked for.
+        needs_factors: whether dA and dB are.
+        variant: of dx; "fused" or "beside", None for the chip's default.
+
+    Returns:
+        dx (M, K) in x's dtype, or None; (dA, dB) of each term in its factors' dtypes, or None. The factors' gradients
+        are views of one buffer where that is fp32.
+
+    Raises:
+        ValueError: there is no such variant.
+    """
+    variant = _variant(variant, x)
+    if not needs_x and not needs_factors:
+        return None, None
+    if dy.stride(1) != 1:
+        dy = dy.contiguous()
+    rows, (columns, inner) = x.shape[0], weight.shape
+    dx = torch.empty((rows, inner), dtype=x.dtype, device=x.device) if needs_x else None
+    g = torch.empty_like(h) if needs_factors else None
+    capability, processors = capability_of(x.device), processors_of(x.device)
+    shared = _term_arguments(terms)
+    if needs_x and variant == "fused":
+        everywhere = _everywhere(terms, columns)
+        low = (_rank_block(terms), terms[0][0].dtype.itemsize)
+        tiles = choose_tiles(rows, inner, x.dtype, capability, processors, aligned(dy, weight), low=low)
+        borders = (columns, *(border for *_, start, stop in terms for border in (start, stop)))
+        arguments = dict(
+            dy_ptr=dy, weight_ptr=weight, dx_ptr=dx, g_ptr=g, **shared,
+            M=rows, N=columns, K=inner, dy_row=dy.stride(0), weight_row=weight.stride(0),
+            RANKS=h.shape[1], KEEP=needs_factors, EVERYWHERE=everywhere,
+            BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, BLOCK_R=low[0],
+            EVEN=math.gcd(*borders) % tiles.k == 0, PRECISION=precision(x.dtype),
+        )  # fmt: skip
+        grid = (triton.cdiv(rows, tiles.m) * triton.cdiv(inner, tiles.n),)
+        launch(lora_linear_backward_fused, grid, arguments, tiles.warps, tiles.stages)
+    else:
+        if needs_x:
+            torch.mm(dy, weight, out=dx)
+        block_m, block_n, block_k, warps, stages = _beside_blocks(x.dtype, capability, aligned(dy, x), terms)
+        grid = _beside_grid(rows, inner if needs_x else 1, block_m, block_n, processors)
+        arguments = dict(
+            dy_ptr=dy, dx_ptr=dx, g_ptr=g, **shared, M=rows, K=inner, dy_row=dy.stride(0),
+            RANKS=h.shape[1], ADD=needs_x, KEEP=needs_factors,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=_rank_block(terms),
+            PRECISION=precision(x.dtype),
+        )  # fmt: skip
+        launch(lora_linear_backward_beside, grid, arguments, warps, stages)
+    return dx, _factor_gradients(dy, x, terms, h, g) if needs_factors else None
+
+
+def _factor_gradients(
+    dy: Tensor, x: Tensor, terms: Sequence[Term], h: Tensor, g: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """dA = g^T x and dB = scale dy^T h from one kernel that reads each column of x and of the terms' dy once."""
+    rows, inner = x.shape
+    ranks = h.shape[1]
+    together = ranks <= MOST_RANK
+    block_m, block_c, warps, stages = _factor_blocks(x.dtype, capability_of(x.device), aligned(x, dy))
+    shared = _term_arguments(terms, factors=False)
+    total, tile = ranks * inner, triton.cdiv(inner, block_c) * (1 if together else len(terms))
+    bases = {}
+    for place, index in enumerate(_order(terms)):
+        a, _, _, start, stop = terms[index][:5]
+        shared[f"base{place}"], shared[f"tile{place}"] = bases[index], _ = total, tile
+        total += (stop - start) * a.shape[0]
+        tile += triton.cdiv(stop - start, block_c)
+    for place in range(len(terms), MOST_TERMS):
+        shared[f"base{place}"] = shared[f"tile{place}"] = None
+    blocks = max(1, triton.cdiv(rows, block_m))
+    split_rows = triton.cdiv(blocks, min(blocks, triton.cdiv(2 * processors_of(x.device), tile))) * block_m
+    splits = max(1, triton.cdiv(rows, split_rows))
+    sums = torch.empty((splits, total), dtype=torch.float32, device=x.device)
+    arguments = dict(
+        x_ptr=x, dy_ptr=dy, h_ptr=h, g_ptr=g, sums_ptr=sums, **shared,
+        M=rows, K=inner, x_row=x.stride(0), dy_row=dy.stride(0), total=total, split_rows=split_rows,
+        RANKS=ranks, TOGETHER=together, BLOCK_M=block_m, BLOCK_C=block_c,
+        BLOCK_R=max(16, triton.next_power_of_2(ranks)) if together else _rank_block(terms),
+        PRECISION=precision(x.dtype),
+    )  # fmt: skip
+    launch(lora_linear_factors, (tile, splits), arguments, warps, stages)
+    flat = sums[0] if splits == 1 else torch.sum(sums, 0)
+    found, column = [], 0
+    for index, term in enumerate(terms):
+        a, b = term[:2]
+        da = flat[column * inner : (column + a.shape[0]) * inner].view(a.shape)
+        db = flat[bases[index] : bases[index] + b.numel()].view(b.shape)
+        found.append((da.to(a.dtype), db.to(b.dtype)))
+        column += a.shape[0]
+    return found
+
+
+def _variant(variant: str | None, x: Tensor) -> str:
+    if variant is None:
+        return _DEFAULT_VARIANT.get(capability_of(x.device), "beside")
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r}, expected one of {', '.join(VARIANTS)}")
+    return variant
+
+
+def _order(terms: Sequence[Term]) -> list[int]:
+    """Indices of the terms by their columns, in which the kernels go through them."""
+    return sorted(range(len(terms)), key=lambda index: terms[index][3])
+
+
+def _term_arguments(terms: Sequence[Term], factors: bool = True) -> dict[str, Any]:
+    """What the kernels are told of each term; the terms that there could be but are not have rank 0."""
+    columns = [sum(term[0].shape[0] for term in terms[:index]) for index in range(len(terms))]
+    arguments: dict[str, Any] = {}
+    order = _order(terms)
+    for place in range(MOST_TERMS):
+        a, b, scale, start, stop = terms[order[place]][:5] if place < len(order) else (None,) * 5
+        if factors:
+            arguments |= {f"a{place}_ptr": a, f"b{place}_ptr": b}
+        arguments |= {
+            f"scale{place}": None if scale is None else float(scale),
+            f"start{place}": start,
+            f"stop{place}": stop,
+            f"RANK{place}": 0 if a is None else a.shape[0],
+            f"COLUMN{place}": 0 if a is None else columns[order[place]],
+        }
+    return arguments
+
+
+def _everywhere(terms: Sequence[Term], columns: int) -> bool:
+    return len(terms) == 1 and (terms[0][3], terms[0][4]) == (0, columns)
+
+
+def _border_block(terms: Sequence[Term], columns: int) -> int:
+    """Largest tile width at whose multiples every term begins and ends, or ends with the output."""
+    borders = [border for term in terms for border in (term[3], term[4]) if border != columns]
+    return next(block for block in (256, 128, 64, 32, 16) if all(border % block == 0 for border in borders))
+
+
+def _rank_block(terms: Sequence[Term]) -> int:
+    """Columns of the narrow product in a kernel: matrix instructions want at least 16."""
+    return max(16, *(triton.next_power_of_2(term[0].shape[0]) for term in terms))
+
+
+def _beside_blocks(
+    dtype: torch.dtype, capability: int, whole: bool, terms: Sequence[Term]
+) -> tuple[int, int, int, int, int]:
+    """Rows, output columns, reduction step, warps and stages of the kernels that add terms in place."""
+    rank = _rank_block(terms)
+    if dtype == torch.float32 and precision(dtype) == "ieee":
+        return 32, 64 if rank == 16 else 32, 16, 4, 2
+    if capability < 80 or not whole:
+        return 64, 64, 32, 4, 2
+    # The narrow sums of all terms are alive together.
+    many = rank * len(terms) > 128
+    return 64, 64, 128 // dtype.itemsize, 8 if many else 4, 2 if many else 3
+
+
+def _beside_grid(rows: int, columns: int, block_m: int, block_n: int, processors: int) -> tuple[int, int]:
+    """Row blocks, and among how many programs the columns of one are divided where there are few."""
+    blocks = triton.cdiv(rows, block_m)
+    parts = min(triton.cdiv(columns, block_n), processors // max(1, blocks))
+    return blocks, max(1, parts)
+
+
+def _factor_blocks(dtype: torch.dtype, capability: int, whole: bool) -> tuple[int, int, int, int]:
+    """Rows a step, columns, warps and stages of the sums over rows."""
+    if dtype == torch.float32 and precision(dtype) == "ieee":
+        return 16, 64, 4, 2
+    if capability < 80 or not whole:
+        return 32, 64, 4, 2
+    return 128 // dtype.itemsize, 128, 8, 3
