@@ -1,7 +1,6 @@
 """Is a fused training step the literal one? Logits and every trainable gradient against a float64 reference.
 
-A tensor passes if its relative error is at most twice that of the literal implementation in the same type, plus one
-rounding, and below an absolute cap, so that a bad baseline excuses nothing.
+A tensor passes as in `bench.tolerance`, whose plain PyTorch is here the literal implementation.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,37 +16,10 @@ from torch import Tensor, nn
 
 from bench import literal
 from bench.cases import build
+from bench.tolerance import Deviation, bound, relative_error, worst_place
 
+# Of a whole step: relative error that no baseline can excuse.
 _CAP = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
-
-
-@dataclass(frozen=True)
-class Deviation:
-    """How far one tensor of a fused step, and of the literal step in the same type, is from the float64 reference.
-
-    Attributes:
-        name: "logits" or a parameter's name.
-        fused, literal: Relative error, ||x - reference|| / ||reference||.
-        bound: What `fused` may be at most.
-        worst: Index of the largest absolute error, with the value and the reference there.
-    """
-
-    name: str
-    fused: float
-    literal: float
-    bound: float
-    worst: str
-
-    @property
-    def passed(self) -> bool:
-        """Whether the fused step is close enough; never true of a NaN."""
-        return self.fused <= self.bound
-
-    def __str__(self) -> str:
-        return (
-            f"{self.name}: error {self.fused:.2e}, bound {self.bound:.2e} (literal {self.literal:.2e}); "
-            f"worst at {self.worst}"
-        )
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:
@@ -107,7 +78,7 @@ def compare(
             fused_error,
             literal_error,
             _bound(max(literal_error, usual), dtype),
-            _worst(results["fused"][name], results["reference"][name]),
+            worst_place(results["fused"][name], results["reference"][name]),
         )
         for name, (fused_error, literal_error) in errors.items()
     ]
@@ -128,20 +99,13 @@ def _pass(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]
 
 
 def _error(x: Tensor, reference: Tensor) -> float:
-    size = float(reference.norm()) or 1.0  # absolute where the gradient is identically zero
-    return float((x - reference).norm()) / size
+    # Absolute where the gradient is identically zero.
+    return relative_error(x, reference, size=float(reference.norm()) or 1.0)
 
 
 def _bound(baseline: float, dtype: torch.dtype) -> float:
-    if dtype == torch.float64:  # there, the literal step is the reference itself
-        return _CAP[dtype]
-    return min(2 * baseline + torch.finfo(dtype).eps, _CAP[dtype])
-
-
-def _worst(x: Tensor, reference: Tensor) -> str:
-    flat = int((x - reference).abs().nan_to_num(torch.inf).argmax())
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), reference.shape))
-    return f"{index}: {float(x.flatten()[flat]):.6g} against {float(reference.flatten()[flat]):.6g}"
+    # In float64 the literal step is the reference itself.
+    return _CAP[dtype] if dtype == torch.float64 else bound(baseline, dtype, _CAP[dtype])
 
 
 def engine_masks(patched: nn.Module) -> dict[str, Callable]:
