@@ -1,16 +1,24 @@
 """Build fastpeft: the Python library always, and beside it the native CPU library where this machine can compile it.
 
 The native library is optional. Where it cannot be built (pip's build isolation hides torch, there is no compiler, the
-compiler fails) the install goes on without it after one warning, and `python -m fastpeft.info` says so later. Only
-csrc/cpu is compiled here, never CUDA.
+compiler fails) the install goes on without it after one warning, and `python -m fastpeft.info` says so later. The
+environment variable FASTPEFT_NATIVE decides otherwise: 0 does not try, 1 fails where the build is not possible.
 
-The environment variable FASTPEFT_NATIVE decides otherwise: 0 does not try, 1 fails where the build is not possible.
+The CUDA kernels are built only where they are asked for, and then they must build:
+
+    FASTPEFT_CUDA=1 pip install --no-build-isolation -e .
+
+That needs nvcc (in $CUDA_HOME/bin, on the path or in /usr/local/cuda/bin) and no GPU. FASTPEFT_CUDA_ARCHS are the
+compute capabilities to compile for, "8.0;9.0a;10.0" if not set, and PTX for the last of them that names no single chip.
+One library serves every Python, and every torch from 2.11 on, whichever of its builds is installed here. MAX_JOBS limits
+how many files are compiled at once.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,9 +31,16 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp"))
 HEADERS = sorted(str(path) for path in ROOT.glob("csrc/cpu/*.h"))
+CUDA_SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.c*") if path.suffix != ".cuh")
+CUDA_HEADERS = sorted(str(path) for path in [*ROOT.glob("csrc/cuda/*.cuh"), *ROOT.glob("csrc/cuda/*.h")])
+CUDA_EXTENSION = "fastpeft.libfastpeft_cuda"
+CUDA_ARCHS = "8.0;9.0a;10.0"
 # A plain shared library, opened with ctypes: it needs no Python headers and serves every Python version. No -march:
 # what a file may use beyond the baseline is chosen when it runs, so that one build serves every CPU.
 COMPILE_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+
+# The oldest torch that the library shall load under, as its stable ABI counts: 2.11.
+TORCH_TARGET = "0x020b000000000000"
 
 
 def find_ninja() -> str | None:
@@ -60,13 +75,63 @@ def obstacle() -> str | None:
     return None
 
 
+def wants_cuda() -> bool:
+    """Whether the CUDA kernels are asked for."""
+    return os.environ.get("FASTPEFT_CUDA") == "1"
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler: $CUDA_HOME's if set, else the first of the path and the usual folder."""
+    if os.environ.get("CUDA_HOME"):
+        return shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin")
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def cuda_obstacle() -> str | None:
+    """Why the CUDA kernels cannot be built here, or None if nothing is in the way."""
+    if not sys.platform.startswith("linux"):
+        return f"they are built on Linux only, this is {sys.platform}"
+    if importlib.util.find_spec("torch") is None:
+        return "torch cannot be imported by the build: install torch first, then use pip's --no-build-isolation"
+    if find_ninja() is None:
+        return "ninja was not found: pip install ninja"
+    if find_compiler() is None:
+        return "no C++ compiler was found: install g++, or set CXX"
+    if find_nvcc() is None:
+        return "nvcc was not found: install the CUDA toolkit, or set CUDA_HOME"
+    return None
+
+
+def cuda_architectures() -> list[str]:
+    """Compute capabilities to compile for, such as 9.0a."""
+    found = re.split(r"[;,\s]+", os.environ.get("FASTPEFT_CUDA_ARCHS", "").strip() or CUDA_ARCHS)
+    for name in found:
+        if not re.fullmatch(r"\d+\.\d[af]?", name):
+            raise SystemExit(f"fastpeft: FASTPEFT_CUDA_ARCHS names {name!r}, expected forms like 8.0 or 9.0a")
+    return found
+
+
+def cuda_targets(architectures: list[str]) -> list[str]:
+    """Options of nvcc: machine code for each, and PTX of the last that later chips can run."""
+    portable = [name for name in architectures if name[-1].isdigit()]
+    options = []
+    for name in architectures:
+        number = name.replace(".", "")
+        code = f"[sm_{number},compute_{number}]" if portable[-1:] == [name] else f"sm_{number}"
+        options.append(f"-gencode=arch=compute_{number},code={code}")
+    return options
+
+
 class NativeBuild(build_ext):
-    """Compiles csrc/cpu with ninja into fastpeft/libfastpeft_cpu.so."""
+    """Compiles with ninja: csrc/cpu into fastpeft/libfastpeft_cpu.so, csrc/cuda into fastpeft/libfastpeft_cuda.so."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == CUDA_EXTENSION:
+            self._build_cuda(ext)
+            return
         reason = obstacle()
         if reason is None:
             try:
@@ -84,11 +149,6 @@ class NativeBuild(build_ext):
             print(f"warning: fastpeft is installed without its native library: {reason}", file=sys.stderr)
 
     def _compile(self, ext: Extension) -> None:
-        library = Path(self.get_ext_fullpath(ext.name)).resolve()
-        library.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(self.build_temp).resolve() / ext.name
-        folder.mkdir(parents=True, exist_ok=True)
-        objects = [f"{Path(source).stem}.o" for source in ext.sources]
         lines = [
             f"cxx = {find_compiler()}",
             f"flags = {' '.join(COMPILE_FLAGS)} {os.environ.get('CXXFLAGS', '')}",
@@ -99,16 +159,57 @@ class NativeBuild(build_ext):
             "rule link",
             f"  command = $cxx -shared $in -o $out {os.environ.get('LDFLAGS', '')}",
         ]
-        for source, obj in zip(ext.sources, objects, strict=True):
-            lines.append(f"build {obj}: compile {_escape(ROOT / source)}")
+        self._ninja(ext, lines, dict.fromkeys(ext.sources, "compile"), stdout=subprocess.PIPE)
+
+    def _build_cuda(self, ext: Extension) -> None:
+        reason = cuda_obstacle()
+        if reason is None:
+            try:
+                self._compile_cuda(ext)
+                return
+            except (OSError, subprocess.CalledProcessError) as error:
+                reason = f"the compiler failed, see above: {error}"
+        raise SystemExit(f"fastpeft: the CUDA kernels were asked for (FASTPEFT_CUDA=1), but {reason}")
+
+    def _compile_cuda(self, ext: Extension) -> None:
+        torch = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
+        architectures = cuda_architectures()
+        options = ",".join(flag for flag in COMPILE_FLAGS if flag.startswith("-f"))
+        # The CUDA runtime is linked in and not shown to others, so that it need not be the one that torch brings.
+        hidden = "-Xlinker --exclude-libs=ALL -Xlinker -Bsymbolic"
+        lines = [
+            f"nvcc = {find_nvcc()} -ccbin {find_compiler()}",
+            f"flags = -std=c++17 -O3 -Xcompiler {options}",
+            f"torch = -isystem {torch / 'include'} -DTORCH_TARGET_VERSION={TORCH_TARGET}",
+            "rule compile",
+            f"  command = $nvcc $flags $torch '-DFASTPEFT_ARCHITECTURES=\"{' '.join(architectures)}\"' "
+            "-Xcompiler -Wall,-Wextra -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule compile_cuda",
+            f"  command = $nvcc $flags {' '.join(cuda_targets(architectures))} -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            f"  command = $nvcc -shared -cudart static {hidden} $in -o $out -L{torch / 'lib'} -ltorch_cpu -ldl",
+        ]
+        rules = {source: "compile_cuda" if source.endswith(".cu") else "compile" for source in ext.sources}
+        self._ninja(ext, lines, rules)
+
+    def _ninja(self, ext: Extension, lines: list[str], rules: dict[str, str], stdout: int | None = None) -> None:
+        """Compile each source by its rule, then link all of them by the rule of that name."""
+        library = Path(self.get_ext_fullpath(ext.name)).resolve()
+        library.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(self.build_temp).resolve() / ext.name
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = [f"{Path(source).stem}.o" for source in rules]
+        for (source, rule), obj in zip(rules.items(), objects, strict=True):
+            lines.append(f"build {obj}: {rule} {_escape(ROOT / source)}")
         lines.append(f"build {_escape(library)}: link {' '.join(objects)}")
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
         subprocess.run(
-            [find_ninja(), "-C", str(folder)],
-            check=True,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            [find_ninja(), *jobs, "-C", str(folder)], check=True, text=True, stdout=stdout, stderr=subprocess.STDOUT
         )
 
 
@@ -117,7 +218,7 @@ class Wheel(bdist_wheel):
 
     def get_tag(self) -> tuple[str, str, str]:
         _, _, platform = super().get_tag()
-        return "py3", "none", "any" if obstacle() else platform
+        return "py3", "none", "any" if obstacle() and not wants_cuda() else platform
 
 
 def _escape(path: Path) -> str:
@@ -125,11 +226,15 @@ def _escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+extensions = [Extension("fastpeft.libfastpeft_cpu", SOURCES, depends=HEADERS, optional=True)]
+if wants_cuda():
+    extensions.append(Extension(CUDA_EXTENSION, CUDA_SOURCES, depends=CUDA_HEADERS))
+
 kernel_packages = ["fastpeft.kernels"] + [f"fastpeft.kernels.{name}" for name in find_packages("kernels")]
 
 setup(
     packages=find_packages(include=["fastpeft", "fastpeft.*"]) + kernel_packages,
     package_dir={"fastpeft": "fastpeft", "fastpeft.kernels": "kernels"},
-    ext_modules=[Extension("fastpeft.libfastpeft_cpu", SOURCES, depends=HEADERS, optional=True)],
+    ext_modules=extensions,
     cmdclass={"build_ext": NativeBuild, "bdist_wheel": Wheel},
 )
