@@ -40,6 +40,7 @@ class ModelConfig(_Section):
         num_classes: Outputs of the head; taken from the data when absent.
         mean: Channel means of the input normalisation; the model's own when absent.
         std: Channel deviations of the input normalisation; the model's own when absent.
+        backend: Of the operators, as `fastpeft.patch` takes it.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ModelConfig(_Section):
     num_classes: int | None = Field(default=None, gt=1)
     mean: list[float] | None = Field(default=None, min_length=3, max_length=3)
     std: list[float] | None = Field(default=None, min_length=3, max_length=3)
+    backend: Literal["auto", "reference", "triton", "cuda", "xformers"] = "auto"
 
 
 class DataConfig(_Section):
@@ -124,6 +126,8 @@ class TrainConfig(_Section):
             it is.
         eval_every: Epochs between evaluations; the last epoch is always evaluated. 0 evaluates only then.
         checkpoint_every: `"1 epoch"`, `"50 steps"`, ...
+        cuda_graph: Record a step of the full batch size once and replay it. On one GPU, without ZeRO, fp16 or
+            accumulation.
         cache_features: `auto` encodes each image once where nothing before the first trained parameter changes from
             epoch to epoch; `off` runs the whole model every step.
     """
@@ -148,6 +152,7 @@ class TrainConfig(_Section):
     head_init: Literal["vpt", "keep"] = "vpt"
     eval_every: int = Field(default=1, ge=0)
     checkpoint_every: str = "1 epoch"
+    cuda_graph: bool = False
     cache_features: Literal["auto", "off"] = "auto"
 
     @field_validator("lr")
@@ -172,6 +177,8 @@ class TrainConfig(_Section):
             raise ValueError(f"train.warmup_epochs ({self.warmup_epochs}) must be below train.epochs ({self.epochs})")
         if self.precision == "fp16" and self.zero == 2:
             raise ValueError("fp16 runs with train.zero 0 or 1: stage 2 reduces gradients before they are unscaled")
+        if self.cuda_graph and (self.zero or self.grad_accumulation > 1 or self.precision == "fp16"):
+            raise ValueError("train.cuda_graph needs zero 0, grad_accumulation 1 and a precision other than fp16")
         return self
 
 

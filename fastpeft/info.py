@@ -13,6 +13,7 @@ import sys
 import torch
 
 from fastpeft import _native
+from fastpeft.ops.choose import chip_of, table
 
 # Package -> what fastpeft uses it for.
 OPTIONAL_PACKAGES = {
@@ -64,6 +65,7 @@ def describe() -> dict[str, dict[str, str]]:
         "versions": versions,
         "cpu": cpu,
         "devices": _devices(),
+        "operators": _operators(),
         "optional packages": {
             name: f"{version_of(name) or 'missing'}  ({purpose})" for name, purpose in OPTIONAL_PACKAGES.items()
         },
@@ -80,6 +82,12 @@ def _devices() -> dict[str, str]:
         memory = device.total_memory / 2**30
         found[f"cuda:{index}"] = f"{device.name}, {memory:.0f} GiB, compute capability {device.major}.{device.minor}"
     return found
+
+
+def _operators() -> dict[str, str]:
+    """Every implementation of every operator, and what is to be said of it on the first device."""
+    chip = chip_of(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    return {f"{operator} / {backend}": words for operator, backend, words in table(chip)}
 
 
 def main() -> int:

@@ -12,15 +12,14 @@ from fastpeft.engine.block import BlockState
 from fastpeft.engine.clock import DropoutClock
 from fastpeft.engine.head import DeepHead
 from fastpeft.engine.hooks import replaced
-from fastpeft.engine.stack import EngineHost, HostState
+from fastpeft.engine.stack import MEMORIES, EngineHost, HostState
 from fastpeft.engine.view import ModelView
 from fastpeft.errors import FastPEFTError, MethodError, UnsupportedModelError
 from fastpeft.methods.base import Method
 from fastpeft.models.families import find_hosts
 from fastpeft.models.wrappers import register_all
+from fastpeft.ops.choose import asked
 from fastpeft.parameters import hosts, view_of
-
-BACKENDS = ("auto", "reference")
 
 
 @dataclass
@@ -63,6 +62,7 @@ def patch(
     train_head: bool = True,
     strict: bool = True,
     backend: str = "auto",
+    memory: str | None = None,
 ) -> nn.Module:
     """Let the engine run a model's transformer blocks, in place.
 
@@ -75,7 +75,12 @@ def patch(
         method: the tuning method, or a sum of them.
         train_head: train the head; only with a method.
         strict: what the engine cannot run is an error; otherwise it is left as it is and listed by `summary`.
-        backend: "auto" or "reference" (plain PyTorch).
+        backend: of every operator that has it: "auto", which takes what has been measured to be right and faster on the
+            chip at hand, "reference" (plain PyTorch), "triton", "cuda" or "xformers". The environment variables
+            FASTPEFT_BACKEND and FASTPEFT_BACKEND_<OPERATOR> come first; they are read here.
+        memory: what training keeps for the backward pass. "fast" keeps all it needs; "balanced" the derivative of the
+            MLP's activation in eight bits, where weights and biases of the MLP are frozen and activations in half
+            precision; "small" the blocks' inputs, and runs each block again. None leaves it as it is, "fast" at first.
 
     Returns:
         The same model.
@@ -83,9 +88,11 @@ def patch(
     Raises:
         UnsupportedModelError: with `strict`, naming the model or the layers that the engine cannot run.
         MethodError: the method does not fit the model, or the model carries another method already.
+        BackendError: no backend has that name.
     """
-    if backend not in BACKENDS:
-        raise FastPEFTError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    backends = asked(backend)
+    if memory not in (None, *MEMORIES):
+        raise FastPEFTError(f"memory must be one of {', '.join(MEMORIES)}, got {memory!r}")
     if method is not None and not isinstance(method, Method):
         raise MethodError(f"method must be a fastpeft method such as fastpeft.VPT(length=50), got {method!r}")
     register_all()
@@ -94,6 +101,13 @@ def patch(
     fresh = record is None or next(hosts(model), None) is None
     if fresh:
         record = _adopt_hosts(model, strict, backend)
+    if fresh or backend != "auto":
+        record.backend = backend
+        for _, host in hosts(model):
+            host.fastpeft_host.backends = backends
+    if memory is not None:
+        for _, host in hosts(model):
+            host.fastpeft_host.memory = memory
     if method is not None:
         try:
             _add_method(model, record, method, train_head)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fastpeft.engine.clock import DropoutClock
 from fastpeft.engine.stack import EngineHost, FrozenPrefix, frozen_depth
 from fastpeft.parameters import hosts
 
 
+def clock_of(model: nn.Module) -> DropoutClock | None:
+    """The counter of a patched model's dropout masks, or None if no method of it draws."""
+    clocks = (host.fastpeft_host.clock for _, host in hosts(model))
+    return next((clock for clock in clocks if clock is not None), None)
+
+
 def get_rng_state(model: nn.Module) -> dict[str, int]:
     """The dropout counter: {"seed", "step"}, or an empty dict if no method of the model draws."""
-    for _, host in hosts(model):
-        clock = host.fastpeft_host.clock
-        if clock is not None:
-            return {"seed": int(clock.seed), "step": int(clock.step)}
-    return {}
+    clock = clock_of(model)
+    return {} if clock is None else {"seed": int(clock.seed), "step": int(clock.step)}
 
 
 def set_rng_state(model: nn.Module, seed: int | None = None, step: int | None = None, rank: int | None = None) -> None:

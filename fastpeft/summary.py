@@ -12,10 +12,9 @@ from fastpeft.engine.hooks import any_hooks
 from fastpeft.engine.linear import why_opaque
 from fastpeft.engine.view import BlockView
 from fastpeft.models.wrappers import wrapped
+from fastpeft.ops.choose import is_reference
 from fastpeft.parameters import hosts, owners, view_of
 from fastpeft.patch import record_of
-
-OPERATORS = ("prompt_attention", "lora_linear", "adapter", "dropout_mask")
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Summary:
         method: the method as it is written in code, or "none".
         fused: (path, what) of the blocks that the engine runs.
         left_alone: (path, reason) of what it does not run, or runs by the reference path only.
-        backends: operator -> backend in use.
+        backends: operator -> what is asked for; "auto" without anything measured on this chip is the reference.
         trainable: number of trained parameters.
         head: how many of them are the head's.
         backbone: number of parameters of the backbone.
@@ -74,8 +73,11 @@ def summary(model: nn.Module) -> Summary:
     kept = ((path, module.__dict__.get("fastpeft_record")) for path, module in model.named_modules())
     left = [(f"{path}.{inner}".strip("."), why) for path, own in kept if own for inner, why in own.left_alone]
     fused = []
+    backends: dict[str, str] = {}
     looked_into: set[str] = set()
     for prefix, host in hosts(model):
+        for operator, wish in host.fastpeft_host.backends.items():
+            backends[operator] = "reference" if is_reference(operator, wish) else wish
         for block in view_of(host).blocks:
             path = prefix + block.path
             what = ["attention"] + ([] if block.spec.opaque_mlp else ["mlp"])
@@ -104,7 +106,7 @@ def summary(model: nn.Module) -> Summary:
         method="none" if method is None else " + ".join(map(repr, method.parts())),
         fused=fused,
         left_alone=left,
-        backends=dict.fromkeys(OPERATORS, "reference") if fused else {},
+        backends=backends,
         trainable=trainable,
         head=sum(count for name, count in trained.items() if owner.get(name) == "head"),
         backbone=backbone,

@@ -20,7 +20,10 @@ from fastpeft.engine.extensions import Extension, KeyValues, LowRanks, Noise, Pr
 from fastpeft.engine.hooks import any_hooks, call_under_hooks, draws
 from fastpeft.engine.linear import project, read
 from fastpeft.errors import MethodError
+from fastpeft.ops.choose import is_reference
+from fastpeft.ops.layer_norm import add_layer_norm, layer_norm
 from fastpeft.ops.lora_linear import LowRankTerm
+from fastpeft.ops.mlp import mlp
 from fastpeft.ops.prompt_attention import prompt_attention
 
 if TYPE_CHECKING:
@@ -95,6 +98,7 @@ class BlockRun:
         self.low_ranks = [e for e in self.extensions if isinstance(e, LowRanks)]
         self.adapters = [e for e in self.extensions if hasattr(e, "apply_to")]
         self.hooked = any_hooks(block)
+        self.backends = state.host.backends
         drop = state.spec.inner.get("attn_drop")
         # The container's mode counts, as where the rate is handed to the attention function.
         self.attn_drop = child(block, drop).p if drop and child(block, state.spec.attn).training else 0.0
@@ -120,11 +124,10 @@ class BlockRun:
             attn_mask, causal = _causal(tokens, x.shape[1], x.device), False
         if attn_mask is not None and attn_mask.shape[-2] > out:
             attn_mask = attn_mask[..., :out, :]
-        h = self._inner("norm1", x)
-        p = None if own is None else self._inner("norm1", own)
+        h = self._norm("norm1", x)
+        p = None if own is None else self._norm("norm1", own)
         branch = self._container(self.spec.attn, lambda h: self._attention(h, p, out, attn_mask, causal), h)
-        x = self._add("1", "attn", x[:, :out], branch, h[:, :out])
-        h = self._inner("norm2", x)
+        x, h = self._add_and_norm(x[:, :out], branch, h[:, :out])
         branch = self._container(self.spec.mlp, self._mlp, h)
         x = self._add("2", "ffn", x, branch, h)
         return x[:, :keep] if keep < out else x
@@ -166,10 +169,48 @@ class BlockRun:
         return call_under_hooks(child(self.block, path), function, h) if self.hooked else function(h)
 
     def _add(self, index: str, location: str, x: Tensor, branch: Tensor, normed: Tensor) -> Tensor:
+        return x + self._inner("drop_path" + index, self._branch(index, location, branch, normed))
+
+    def _branch(self, index: str, location: str, branch: Tensor, normed: Tensor) -> Tensor:
         branch = self._inner("scale" + index, branch)
         for adapter in self.adapters:
-            branch = adapter.apply_to(location, branch, normed)
-        return x + self._inner("drop_path" + index, branch)
+            if adapter.acts_on(location):
+                branch = adapter.apply_to(location, branch, normed, self.backends["adapter"])
+        return branch
+
+    def _add_and_norm(self, x: Tensor, branch: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum behind attention, and its norm."""
+        norm = self._fusable_norm("norm2")
+        if norm is None or not self._idle("drop_path1"):
+            x = self._add("1", "attn", x, branch, normed)
+            return x, self._norm("norm2", x)
+        gamma = None
+        if "scale1" in self.spec.layer_scales and not any(adapter.acts_on("attn") for adapter in self.adapters):
+            gamma = child(self.block, self.spec.inner["scale1"]).gamma
+        if gamma is None or gamma.requires_grad:
+            gamma, branch = None, self._branch("1", "attn", branch, normed)
+        return add_layer_norm(x, branch, gamma, norm.weight, norm.bias, norm.eps, self.backends["layer_norm"])
+
+    def _norm(self, role: str, x: Tensor) -> Tensor:
+        norm = self._fusable_norm(role)
+        if norm is None:
+            return self._inner(role, x)
+        return layer_norm(x, norm.weight, norm.bias, norm.eps, self.backends["layer_norm"])
+
+    def _fusable_norm(self, role: str) -> nn.Module | None:
+        """The LayerNorm of a role if something else than its own forward may compute it."""
+        if self.hooked or role not in self.spec.layer_norms or is_reference("layer_norm", self.backends["layer_norm"]):
+            return None
+        return child(self.block, self.spec.inner[role])
+
+    def _idle(self, role: str) -> bool:
+        """Whether the module of a role hands on what it is given."""
+        path = self.spec.inner.get(role)
+        module = None if path is None else child(self.block, path)
+        if module is None or isinstance(module, nn.Identity):
+            return True
+        resting = role.startswith("drop") and not module.training
+        return resting or (isinstance(module, nn.Dropout) and module.p == 0)
 
     def _attention(self, h: Tensor, p: Tensor | None, out: int, mask: Tensor | None, causal: bool) -> Tensor:
         """Queries of the first `out` rows of h; keys and values of h and of the prompt rows p."""
@@ -177,7 +218,7 @@ class BlockRun:
         if out < h.shape[1]:
             # A copy of the few rows: a strided input would make the product one small product a sample.
             (q,), (k, v) = self._qkv(h[:, :out].contiguous(), 0, 1), self._qkv(h, 1, 3)
-        elif self._grows(p) and self._sliceable():
+        elif self._concatenates() and self._grows(p) and self._sliceable():
             # Keys and values are copied beside the prompts' ones; queries in the same tensor would keep them alive.
             (q,), (k, v) = self._qkv(h, 0, 1), self._qkv(h, 1, 3)
         else:
@@ -189,9 +230,14 @@ class BlockRun:
             if isinstance(extension, KeyValues):
                 extra.append(tuple(self._heads(rows.to(k.dtype)) for rows in extension.keys_values()))
         pk, pv = _join(extra, h.shape[0])
-        y = prompt_attention(q, k, v, pk, pv, mask, causal, spec.scale, self.attn_drop)
+        options = {"dropout": self.attn_drop, "backend": self.backends["prompt_attention"]}
+        y = prompt_attention(q, k, v, pk, pv, mask, causal, spec.scale, **options)
         y = self._inner("attn_norm", y.transpose(1, 2).flatten(2))
         return self._inner("proj_drop", self._linear("o", y))
+
+    def _concatenates(self) -> bool:
+        """Whether attention copies keys and values to put those of prompts beside them."""
+        return is_reference("prompt_attention", self.backends["prompt_attention"])
 
     def _grows(self, p: Tensor | None) -> bool:
         """Whether there are keys and values besides those of the rows."""
@@ -223,13 +269,15 @@ class BlockRun:
             fused = spec.roles["qkv"]
             splits = [spec.roles[role].out_features for role in "qkv"]
             terms = self._terms("qkv", "q", "k", "v")
-            return project(child(self.block, fused.path), h, splits, terms, first, last)
+            backend = self.backends["lora_linear"]
+            return project(child(self.block, fused.path), h, splits, terms, first, last, backend)
         return [self._linear(role, h) for role in "qkv"[first:last]]
 
     def _linear(self, role: str, x: Tensor) -> Tensor:
         projection = self.spec.roles[role]
         layer = child(self.block, projection.path)
-        return project(layer, x, [projection.out_features], self._terms(role), 0, 1)[0]
+        backend = self.backends["lora_linear"]
+        return project(layer, x, [projection.out_features], self._terms(role), 0, 1, backend)[0]
 
     def _terms(self, *roles: str) -> list[LowRankTerm]:
         terms = []
@@ -244,8 +292,34 @@ class BlockRun:
     def _mlp(self, h: Tensor) -> Tensor:
         if self.spec.opaque_mlp:
             return child(self.block, self.spec.mlp).forward(h)
+        weights = self._frozen_mlp()
+        if weights is not None:
+            return mlp(h, *weights, self.spec.activation, self._keep(h), self.backends["mlp"])
         h = self._inner("drop1", self._inner("act", self._linear("fc1", h)))
         return self._inner("drop2", self._linear("fc2", self._inner("mlp_norm", h)))
+
+    def _keep(self, h: Tensor) -> str:
+        """What the MLP keeps of its hidden units; eight bits are too few beside an fp32 activation."""
+        dtype = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
+        half = dtype in (torch.bfloat16, torch.float16)
+        return "derivative8" if self.state.host.memory == "balanced" and half else "preactivation"
+
+    def _frozen_mlp(self) -> tuple[Tensor | None, ...] | None:
+        """Both layers' weights and biases, if the MLP is two frozen layers with an activation that has a name."""
+        plain = is_reference("mlp", self.backends["mlp"]) and self.state.host.memory != "balanced"
+        if plain or self.hooked or self.spec.activation is None:
+            return None
+        if not all(map(self._idle, ("drop1", "mlp_norm", "drop2"))) or self._terms("fc1", "fc2"):
+            return None
+        weights = []
+        for role in ("fc1", "fc2"):
+            found = read(child(self.block, self.spec.roles[role].path))
+            if found is None or found[1]:
+                return None
+            weights += [found[0].weight, found[0].bias]
+        if any(t is not None and t.requires_grad for t in weights):
+            return None
+        return tuple(weights)
 
 
 def _join(pairs: list[tuple[Tensor, Tensor]], batch: int) -> tuple[Tensor | None, Tensor | None]:

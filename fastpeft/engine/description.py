@@ -50,6 +50,10 @@ class BlockSpec:
         mlp: path of the MLP container.
         inner_linears: of an MLP that is called as a module, but is known to treat every row by itself: the paths of its
             linear layers. Empty if it is not known, and all rows then go through it together.
+        layer_norms: of `inner`, the roles that are a LayerNorm over the last dimension with `weight`, `bias` and `eps`,
+            and nothing else.
+        layer_scales: of `inner`, the roles that multiply by their parameter `gamma`, (d,), and nothing else.
+        activation: name of `inner["act"]` in `fastpeft.ops.activation.FUNCTIONS`, or None if it has none.
     """
 
     dim: int
@@ -62,6 +66,9 @@ class BlockSpec:
     attn: str
     mlp: str
     inner_linears: tuple[str, ...] = ()
+    layer_norms: tuple[str, ...] = ()
+    layer_scales: tuple[str, ...] = ()
+    activation: str | None = None
 
     @property
     def opaque_mlp(self) -> bool:

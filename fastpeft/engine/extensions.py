@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.engine.clock import DropoutClock
+from fastpeft.ops.adapter import adapter
 from fastpeft.ops.dropout_mask import dropout_mask
 from fastpeft.ops.lora_linear import LowRankTerm
 
@@ -165,13 +166,12 @@ class Bottleneck(nn.Module):
     Attributes:
         down: Linear(dim, hidden).
         up: Linear(hidden, dim); starts at zero, so that the adapter starts as the identity.
+        act: a name of `fastpeft.ops.activation.FUNCTIONS`.
         skip: add x to the result.
         scale: factor of the up-projection's output.
     """
 
-    def __init__(
-        self, dim: int, hidden: int, act: Callable[[Tensor], Tensor], bias: bool, skip: bool, scale: float = 1.0
-    ):
+    def __init__(self, dim: int, hidden: int, act: str, bias: bool, skip: bool, scale: float = 1.0):
         super().__init__()
         self.down = nn.Linear(dim, hidden, bias=bias)
         self.up = nn.Linear(hidden, dim, bias=bias)
@@ -184,19 +184,12 @@ class Bottleneck(nn.Module):
             nn.init.zeros_(self.down.bias)
             nn.init.zeros_(self.up.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) -> (..., dim)."""
-        h = self.act(_linear(self.down, x))
-        y = _linear(self.up, h)
-        if self.scale != 1.0:
-            y = y * self.scale
-        return x + y if self.skip else y
-
-
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A layer of fp32 master weights on an activation of lower precision."""
-    bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return nn.functional.linear(x, layer.weight.to(x.dtype), bias)
+    def forward(self, x: Tensor, beside: Tensor | None = None, backend: str = "auto") -> Tensor:
+        """(..., dim) -> (..., dim); `beside` is added to the result."""
+        residual = x if self.skip else beside
+        factors = (self.down.weight, self.down.bias, self.up.weight, self.up.bias)
+        y = adapter(x, *factors, self.act, self.scale, residual, backend)
+        return beside + y if self.skip and beside is not None else y
 
 
 class Adapters(Extension):
@@ -211,15 +204,19 @@ class Adapters(Extension):
     def __init__(self, mode: str, locations: dict[str, nn.Module]):
         super().__init__()
         self.mode = mode
-        for location, adapter in locations.items():
-            self.add_module(location, adapter)
+        for location, inner in locations.items():
+            self.add_module(location, inner)
 
-    def apply_to(self, location: str, branch: Tensor, normed: Tensor) -> Tensor:
-        """The residual branch at a location ("attn" or "ffn") with the adapter in it; shapes (B, n, d)."""
-        adapter = self._modules.get(location)
-        if adapter is None:
-            return branch
-        return adapter(branch) if self.mode == "serial" else branch + adapter(normed)
+    def acts_on(self, location: str) -> bool:
+        """Whether there is an adapter at a location, "attn" or "ffn"."""
+        return location in self._modules
+
+    def apply_to(self, location: str, branch: Tensor, normed: Tensor, backend: str = "auto") -> Tensor:
+        """The residual branch at a location with the adapter in it; shapes (B, n, d)."""
+        inner = self._modules[location]
+        if not isinstance(inner, Bottleneck):
+            return inner(branch) if self.mode == "serial" else branch + inner(normed)
+        return inner(branch, None, backend) if self.mode == "serial" else inner(normed, branch, backend)
 
 
 class SingleAdapter(Bottleneck, Extension):
@@ -227,5 +224,8 @@ class SingleAdapter(Bottleneck, Extension):
 
     mode = "serial"
 
-    def apply_to(self, location: str, branch: Tensor, normed: Tensor) -> Tensor:
-        return self(branch) if location == "ffn" else branch
+    def acts_on(self, location: str) -> bool:
+        return location == "ffn"
+
+    def apply_to(self, location: str, branch: Tensor, normed: Tensor, backend: str = "auto") -> Tensor:
+        return self(branch, None, backend)

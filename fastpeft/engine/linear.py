@@ -68,7 +68,13 @@ def why_opaque(module: nn.Module) -> str | None:
 
 
 def project(
-    module: nn.Module, x: Tensor, splits: Sequence[int], terms: Sequence[LowRankTerm], first: int, last: int
+    module: nn.Module,
+    x: Tensor,
+    splits: Sequence[int],
+    terms: Sequence[LowRankTerm],
+    first: int,
+    last: int,
+    backend: str = "auto",
 ) -> list[Tensor]:
     """Apply a range of the parts of a linear layer.
 
@@ -79,6 +85,7 @@ def project(
         terms: the method's low-rank terms, in columns of the whole layer.
         first: first part to compute.
         last: one behind the last part to compute.
+        backend: of lora_linear.
 
     Returns:
         The parts first..last, (..., width) each.
@@ -97,7 +104,7 @@ def project(
         terms = [cut for cut in [_cut(term, start, stop) for term in terms] if cut is not None]
     if bias is not None and bias.dtype != weight.dtype:
         bias = bias.to(weight.dtype)
-    return lora_linear(x, weight, bias, terms, splits[first:last])
+    return lora_linear(x, weight, bias, terms, splits[first:last], backend)
 
 
 def _cut(term: LowRankTerm, start: int, stop: int) -> LowRankTerm | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,11 @@ from fastpeft.engine.clock import DropoutClock
 from fastpeft.engine.description import HostSpec, child
 from fastpeft.engine.extensions import Extension, Noise
 from fastpeft.engine.hooks import replaced
+from fastpeft.ops.choose import OPERATORS
+
+# What a training step keeps for its backward pass: all it needs; the activation's derivative in eight bits where
+# activations are in half precision; each block's input alone.
+MEMORIES = ("fast", "balanced", "small")
 
 
 @dataclass
@@ -23,11 +29,15 @@ class HostState:
         spec: the host's description.
         clock: counter of the dropout masks; None if no method draws.
         backbone_eval: keep everything but the method and the head in evaluation mode while training.
+        memory: one of `MEMORIES`.
+        backends: operator -> what is asked for, as `fastpeft.ops.choose.asked` gives it.
     """
 
     spec: HostSpec
     clock: DropoutClock | None = None
     backbone_eval: bool = False
+    memory: str = "fast"
+    backends: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(OPERATORS, "auto"))
 
     def noise(self) -> Noise | None:
         """The masks of the forward that the clock stands at."""
@@ -101,6 +111,8 @@ def call_block(block: nn.Module, x: Tensor, options: dict, checkpointing: bool) 
     """Call a block; what the engine tells it besides stays away from hooks and replaced forwards, which expect x."""
     if replaced(block) or not isinstance(block, Adopted):
         options = {}
+    if isinstance(block, Adopted):
+        checkpointing = checkpointing or block.fastpeft_block.host.memory == "small"
     options = {name: value for name, value in options.items() if value is not None}
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, x, **options, use_reentrant=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import nn
 
 from fastpeft.engine.extensions import Adapters, Bottleneck, SingleAdapter
@@ -38,7 +37,7 @@ class Adapter(Method):
     def attach(self, model: ModelView) -> None:
         check(self.reduction <= model.dim, f"Adapter: reduction {self.reduction} leaves no unit at width {model.dim}")
         for block in model.blocks:
-            adapter = SingleAdapter(block.dim, block.dim // self.reduction, F.gelu, bias=True, skip=True)
+            adapter = SingleAdapter(block.dim, block.dim // self.reduction, "gelu", bias=True, skip=True)
             if self.init == "released":
                 nn.init.zeros_(adapter.down.weight)
             block.attach(self.name, adapter)
@@ -77,7 +76,7 @@ class SerialAdapter(Method):
 
     def attach(self, model: ModelView) -> None:
         for block in model.blocks:
-            made = {at: Bottleneck(block.dim, self.hidden, F.relu, self.bias, skip=True) for at in self.locations}
+            made = {at: Bottleneck(block.dim, self.hidden, "relu", self.bias, skip=True) for at in self.locations}
             block.attach(self.name, Adapters("serial", made))
 
 
@@ -112,7 +111,7 @@ class ParallelAdapter(Method):
     def attach(self, model: ModelView) -> None:
         for block in model.blocks:
             made = {
-                at: Bottleneck(block.dim, self.hidden, F.relu, self.bias, self.skip, self.scale)
+                at: Bottleneck(block.dim, self.hidden, "relu", self.bias, self.skip, self.scale)
                 for at in self.locations
             }
             block.attach(self.name, Adapters("parallel", made))

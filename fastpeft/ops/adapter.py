@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastpeft.ops import registered
 from fastpeft.ops.activation import FUNCTIONS
+from fastpeft.ops.autocast import suspended, without_autocast, working
 from fastpeft.ops.choose import choose, is_reference
 
 
@@ -48,10 +49,12 @@ def adapter(
     """
     if not is_reference("adapter", backend):
         factors = (down_weight, down_bias, up_weight, up_bias)
+        skip = residual is x
+        x, residual = working(x, residual)
         if torch.compiler.is_compiling():
             return registered.adapter(x, *factors, activation, scale, residual, backend)
         rows = x.flatten(0, -2)
-        beside = rows if residual is x else None if residual is None else residual.flatten(0, -2)
+        beside = rows if skip else None if residual is None else residual.flatten(0, -2)
         module = choose(
             "adapter",
             backend,
@@ -59,8 +62,8 @@ def adapter(
             lambda module: module.reasons(rows, *factors, activation, scale, residual=beside),
         )
         if module is not None:
-            skip = residual is x
-            out = _Adapter.apply(rows, *factors, activation, scale, None if skip else beside, skip, module)
+            with suspended(x.device):
+                out = _Adapter.apply(rows, *factors, activation, scale, None if skip else beside, skip, module)
             return out.view(x.shape)
     return reference(x, down_weight, down_bias, up_weight, up_bias, activation, scale, residual)
 
@@ -99,6 +102,7 @@ class _Adapter(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @without_autocast
     def backward(ctx, dy: Tensor):
         activation, scale, skip = ctx.settings
         gradients = ctx.module.backward(

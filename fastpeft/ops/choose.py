@@ -178,7 +178,7 @@ def choose(
         refused = _refused(operator, backend, chip, reasons)
         if not refused:
             return _module(operator, backend)
-        _say_once(f"{operator} runs on its reference, since {backend} cannot: {', '.join(refused)}")
+        say_once(f"{operator} runs on its reference, since {backend} cannot: {', '.join(refused)}")
     return None
 
 
@@ -193,7 +193,8 @@ def _module(operator: str, backend: str) -> ModuleType:
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Log a fallback the first time that it happens."""
     _log.info(message)
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastpeft.ops import registered
+from fastpeft.ops.autocast import suspended, without_autocast
 from fastpeft.ops.choose import choose, is_reference
 
 
@@ -58,13 +59,17 @@ def add_layer_norm(
         BackendError: the backend asked for cannot run.
     """
     if not is_reference("layer_norm", backend):
+        if branch is not None and branch.dtype != x.dtype:
+            # As torch adds a product under autocast to an fp32 residual stream.
+            dtype = torch.promote_types(x.dtype, branch.dtype)
+            x, branch = x.to(dtype), branch.to(dtype)
         if torch.compiler.is_compiling():
             return registered.add_layer_norm(x, branch, gamma, weight, bias, eps, backend)
-        module = choose(
-            "layer_norm", backend, x.device, lambda module: reasons(module, x, branch, gamma, weight, bias, eps)
-        )
+        options = {"branch": branch, "gamma": gamma}
+        module = choose("layer_norm", backend, x.device, lambda module: module.reasons(x, weight, bias, eps, **options))
         if module is not None:
-            s, y = _AddLayerNorm.apply(x, branch, gamma, weight, bias, eps, module)
+            with suspended(x.device):
+                s, y = _AddLayerNorm.apply(x, branch, gamma, weight, bias, eps, module)
             return (x if branch is None else s), y
     return reference(x, branch, gamma, weight, bias, eps)
 
@@ -77,13 +82,6 @@ def reference(
         x = x + (branch if gamma is None else branch * gamma)
     weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
     return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-
-
-def reasons(module: ModuleType, x, branch, gamma, weight, bias, eps) -> list[str]:
-    """Why an implementation cannot serve."""
-    if gamma is not None and gamma.requires_grad and torch.is_grad_enabled():
-        return ["LayerScale is trained"]
-    return module.reasons(x, weight, bias, eps, branch=branch, gamma=gamma)
 
 
 class _AddLayerNorm(torch.autograd.Function):
@@ -103,6 +101,7 @@ class _AddLayerNorm(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @without_autocast
     def backward(ctx, ds: Tensor | None, dy: Tensor | None):
         s, gamma, weight, mean, rstd = ctx.saved_tensors
         needs_x, needs_branch, _, needs_weight, needs_bias = ctx.needs_input_grad[:5]

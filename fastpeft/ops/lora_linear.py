@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastpeft.ops import registered
-from fastpeft.ops.choose import choose, is_reference
+from fastpeft.ops.autocast import suspended, without_autocast, working
+from fastpeft.ops.choose import choose, is_reference, say_once
 from fastpeft.ops.split_columns import split_columns
 
 
@@ -77,25 +78,23 @@ def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[LowRa
     """The layer by an implementation, or None if the reference is to run."""
     if any(term.dropout is not None for term in terms):
         # A mask on x of its own for every term is another product, not an epilogue of this one.
+        say_once("lora_linear runs on its reference where a term has dropout")
         return None
-    bias = _bias(bias, terms, weight)
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        say_once("lora_linear runs on its reference where the layer's own weight or bias is trained")
+        return None
+    x, weight, bias = working(x, weight, _bias(bias, terms, weight))
     factors = [t for term in terms for t in (term.a, term.b)]
     shape = [(term.scale, term.start, term.stop) for term in terms]
     if torch.compiler.is_compiling():
         scales, starts, stops = (list(values) for values in zip(*shape, strict=True))
         return registered.lora_linear(x, weight, bias, factors, scales, starts, stops, backend)
     rows = x.flatten(0, -2)
-    module = choose("lora_linear", backend, x.device, lambda module: reasons(module, rows, weight, bias, terms))
+    module = choose("lora_linear", backend, x.device, lambda module: module.reasons(rows, weight, bias, plain(terms)))
     if module is None:
         return None
-    return _LoraLinear.apply(rows, weight, bias, shape, module, *factors).view(*x.shape[:-1], -1)
-
-
-def reasons(module: ModuleType, rows: Tensor, weight: Tensor, bias: Tensor | None, terms) -> list[str]:
-    """Why an implementation cannot serve."""
-    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-        return ["the layer's own weight or bias is trained"]
-    return module.reasons(rows, weight, bias, plain(terms))
+    with suspended(x.device):
+        return _LoraLinear.apply(rows, weight, bias, shape, module, *factors).view(*x.shape[:-1], -1)
 
 
 def plain(terms: Sequence[LowRankTerm]) -> list[tuple[Tensor, Tensor, float, int, int]]:
@@ -124,6 +123,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @without_autocast
     def backward(ctx, dy: Tensor):
         weight, x, h, *factors = ctx.saved_tensors
         dx, pairs = ctx.module.backward(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastpeft.ops import registered
 from fastpeft.ops.activation import DERIVATIVES, FUNCTIONS
+from fastpeft.ops.autocast import suspended, without_autocast, working
 from fastpeft.ops.choose import choose, is_reference
 
 # What the backward pass keeps: z in full, act'(z) in eight bits, or x.
@@ -41,7 +42,7 @@ def mlp(
         weight2: (out, hidden).
         bias2: (out,) or None.
         activation: a name of `fastpeft.ops.activation.FUNCTIONS`.
-        keep: one of `KEEPS`; the reference keeps what autograd keeps.
+        keep: one of `KEEPS`.
         backend: "auto" or one of `fastpeft.ops.choose.BACKENDS`.
 
     Returns:
@@ -50,14 +51,17 @@ def mlp(
     Raises:
         BackendError: the backend asked for cannot run.
     """
-    if not is_reference("mlp", backend):
-        weights = (weight1, bias1, weight2, bias2)
+    if not is_reference("mlp", backend) or keep != "preactivation":
+        x, *weights = working(x, weight1, bias1, weight2, bias2)
         if torch.compiler.is_compiling():
             return registered.mlp(x, *weights, activation, keep, backend)
         rows = x.flatten(0, -2)
         module = choose("mlp", backend, x.device, lambda module: reasons(module, rows, *weights, activation, keep))
+        if module is None and keep != "preactivation":
+            module = _PLAIN
         if module is not None:
-            return _Mlp.apply(rows, *weights, activation, keep, module).view(*x.shape[:-1], -1)
+            with suspended(x.device):
+                return _Mlp.apply(rows, *weights, activation, keep, module).view(*x.shape[:-1], -1)
     return reference(x, weight1, bias1, weight2, bias2, activation)
 
 
@@ -101,6 +105,16 @@ def reasons(module: ModuleType, x, weight1, bias1, weight2, bias2, activation: s
     return module.reasons(x, weight1, bias1, activation, keep=keep)
 
 
+class _Plain:
+    """The plain functions of this file in the place of an implementation."""
+
+    forward = staticmethod(hidden)
+    backward_input = staticmethod(hidden_gradient)
+
+
+_PLAIN = _Plain()
+
+
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight1, bias1, weight2, bias2, activation: str, keep: str, module: ModuleType):
@@ -113,6 +127,7 @@ class _Mlp(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @without_autocast
     def backward(ctx, dy: Tensor):
         kept, bias1, weight1, weight2 = ctx.saved_tensors
         keep = ctx.keep

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastpeft.ops import registered
+from fastpeft.ops.autocast import suspended, without_autocast, working
 from fastpeft.ops.choose import choose, is_reference
 from fastpeft.ops.dropout_mask import keep_by_words
 from fastpeft.ops.recomputed_attention import Recomputed, recomputes
@@ -76,12 +77,14 @@ def prompt_attention(
         prompt_k = prompt_v = prompt_index = None
     # torch's generator draws inside torch's own function only.
     if not is_reference("prompt_attention", backend) and (not dropout or words is not None):
+        q, k, v, prompt_k, prompt_v, attn_mask = working(q, k, v, prompt_k, prompt_v, attn_mask)
         options = Options(_additive(attn_mask, q.dtype), causal, scale, dropout, words, prompt_index)
         if torch.compiler.is_compiling():
             return registered.prompt_attention(q, k, v, prompt_k, prompt_v, **options.keywords(), backend=backend)[0]
         module = chosen(backend, q, k, v, prompt_k, prompt_v, options)
         if module is not None:
-            return _Attention.apply(q, k, v, prompt_k, prompt_v, options, module)
+            with suspended(q.device):
+                return _Attention.apply(q, k, v, prompt_k, prompt_v, options, module)
     return reference(q, k, v, prompt_k, prompt_v, attn_mask, causal, scale, dropout, words, prompt_index)
 
 
@@ -206,6 +209,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @without_autocast
     def backward(ctx, dout: Tensor):
         q, k, v, *rest = ctx.saved_tensors
         packed = _packed_like(q, k, v) if all(ctx.needs_input_grad[:3]) else None

@@ -12,11 +12,13 @@ import torch.distributed
 import torch.nn.functional as F
 
 import fastpeft
-from fastpeft.config import parse_interval
+from fastpeft.config import ConfigError, parse_interval
 from fastpeft.errors import FastPEFTError
+from fastpeft.state import clock_of
 from fastpeft.trainer import checkpoint, optim, precision
 from fastpeft.trainer.evaluate import evaluate
 from fastpeft.trainer.folder import RunFolder
+from fastpeft.trainer.graph import StepGraph
 from fastpeft.trainer.launch import Ranks, barrier
 from fastpeft.trainer.logs import Logs
 from fastpeft.trainer.order import STEP, evaluation_batches, mix, parts_of, training_batches
@@ -73,6 +75,12 @@ class Loop:
         self.position = Position()
         self.best: dict[str, torch.Tensor] = {}
         self.scale = precision.LossScale(list(stepper.named.values()), work.dtype == torch.float16)
+        self.graph: StepGraph | None = None
+        if self.train.cuda_graph:
+            if ranks.device.type != "cuda" or ranks.world > 1:
+                where = f"{ranks.world} ranks" if ranks.world > 1 else "the CPU"
+                raise ConfigError(f"train.cuda_graph: records steps on one GPU, and this run is on {where}")
+            self.graph = StepGraph(self._forward_and_backward, stepper.optimizer, clock_of(work.model))
         self._interval, self._unit = parse_interval(self.train.checkpoint_every)
         self._session_start = started
         self._train_seconds_before = 0.0
@@ -174,8 +182,11 @@ class Loop:
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for _ in range(train.grad_accumulation):
             inputs, labels, counted = next(batches)
-            logits = self.work.forward(inputs.to(device))
-            loss = F.cross_entropy(logits.float(), labels.to(device), reduction="sum")
+            inputs, labels = inputs.to(device), labels.to(device)
+            if self.graph is not None:
+                loss_sum += self.graph(inputs, labels)
+                continue
+            loss = F.cross_entropy(self.work.forward(inputs).float(), labels, reduction="sum")
             if not counted:
                 loss = loss * 0.0
             # The stepper averages over ranks; the step is on the mean over the whole batch.
@@ -195,15 +206,22 @@ class Loop:
                 f"step {position.global_step + 1} (epoch {position.epoch + 1}): a gradient is not finite at the "
                 f"smallest loss scale; {self._remedy('The step')}"
             )
-        self.stepper.step() if stepped else self.stepper.skip()
+        if self.graph is None:
+            self.stepper.step() if stepped else self.stepper.skip()
         self.scale.update(stepped)
         position.step += 1
         position.global_step += 1
         position.loss_sum += total
         position.images += images
         position.train_seconds += time.perf_counter() - started
-        rates = {group["name"]: group["lr"] for group in self.stepper.optimizer.param_groups}
+        rates = {group["name"]: group["base_lr"] * factor for group in self.stepper.optimizer.param_groups}
         logs.step(position.global_step, total / images, rates)
+
+    def _forward_and_backward(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """A whole batch on one rank: gradients of its mean loss; returns the sum of its losses."""
+        loss = F.cross_entropy(self.work.forward(inputs).float(), labels, reduction="sum")
+        (loss / len(inputs)).backward()
+        return loss.detach()
 
     def _end_epoch(self, logs: Logs) -> None:
         """Close the epoch: evaluate if it is due, remember the best, say one line."""

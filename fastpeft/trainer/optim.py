@@ -34,7 +34,11 @@ def base_rates(groups: Groups, train: TrainConfig) -> dict[str, float]:
 
 
 def build_optimizer(groups: Groups, num_classes: int, train: TrainConfig) -> torch.optim.Optimizer:
-    """SGD or AdamW over the groups; each torch group remembers its full rate as `base_lr`."""
+    """SGD or AdamW over the groups; each torch group remembers its full rate as `base_lr`.
+
+    On a GPU torch's fused ones, and with `train.cuda_graph` such that a recorded step finds rates and step counts in
+    tensors.
+    """
     rates = base_rates(groups, train)
     torch_groups = []
     for name, members in groups.items():
@@ -46,9 +50,16 @@ def build_optimizer(groups: Groups, num_classes: int, train: TrainConfig) -> tor
                 torch_groups.append(
                     {"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay, "name": name}
                 )
+    devices = {parameter.device for group in torch_groups for parameter in group["params"]}
+    options = {"fused": True} if all(device.type == "cuda" for device in devices) else {}
+    if train.cuda_graph:
+        for group in torch_groups:
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=next(iter(devices)))
+        if train.optimizer == "adamw":
+            options["capturable"] = True
     if train.optimizer == "sgd":
-        return torch.optim.SGD(torch_groups, lr=0.0, momentum=train.momentum)
-    return torch.optim.AdamW(torch_groups, lr=0.0, eps=train.eps)
+        return torch.optim.SGD(torch_groups, lr=0.0, momentum=train.momentum, **options)
+    return torch.optim.AdamW(torch_groups, lr=0.0, eps=train.eps, **options)
 
 
 def _decays(name: str, parameter: nn.Parameter, num_classes: int, train: TrainConfig) -> bool:
@@ -74,4 +85,8 @@ def rate_factor(train: TrainConfig, epoch: int, step: int, steps: int) -> float:
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Give every group its full rate times `factor`."""
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+        rate = group["base_lr"] * factor
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

@@ -100,7 +100,7 @@ class Stepper:
             return
         for name, parameter in self.named.items():
             values = {key: tensors[f"{key}/{name}"].to(parameter.device, copy=True) for key in self._keys}
-            self.optimizer.state[parameter] = values | self._step_count(steps_taken)
+            self.optimizer.state[parameter] = values | self._step_count(steps_taken, parameter)
 
     @torch.no_grad()
     def load_parameters(self, values: Mapping[str, torch.Tensor]) -> None:
@@ -108,8 +108,12 @@ class Stepper:
         for name, parameter in self.named.items():
             parameter.copy_(values[name])
 
-    def _step_count(self, steps_taken: int) -> dict[str, torch.Tensor]:
-        return {"step": torch.tensor(float(steps_taken))} if isinstance(self.optimizer, torch.optim.AdamW) else {}
+    def _step_count(self, steps_taken: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
+        if not isinstance(self.optimizer, torch.optim.AdamW):
+            return {}
+        # A fused step counts on the device.
+        device = like.device if self.optimizer.defaults["fused"] else torch.device("cpu")
+        return {"step": torch.tensor(float(steps_taken), device=device)}
 
     def _create_partitioned_state(self) -> None:
         """Give every group's flat partition the state that its first step would start from.
@@ -120,15 +124,15 @@ class Stepper:
         partitioned = self._engine.optimizer
         for flat in partitioned.single_partition_of_fp32_groups:
             state = {key: torch.zeros_like(flat, requires_grad=False) for key in self._keys}
-            self.optimizer.state[flat] = state | self._step_count(0)
+            self.optimizer.state[flat] = state | self._step_count(0, flat)
         partitioned._lazy_init_hp_params_optimizer_state()
 
     def _load_partitioned(self, tensors: Mapping[str, torch.Tensor], steps_taken: int) -> None:
         """Fill this rank's flat partition of each group."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        for state in self.optimizer.state.values():
-            state |= self._step_count(steps_taken)
+        for flat, state in self.optimizer.state.items():
+            state |= self._step_count(steps_taken, flat)
         for name, parameter in self.named.items():
             safe_set_full_fp32_param(parameter, tensors[f"param/{name}"].to(parameter.device))
             for key in self._keys:

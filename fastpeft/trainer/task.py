@@ -55,7 +55,7 @@ class Task:
                     model_config.name, self.num_classes, model_config.image_size, weights=model_config.weights
                 )
             with blame(self.source, "method"):
-                fastpeft.patch(model, fastpeft.methods.from_dict(self.config.method))
+                fastpeft.patch(model, fastpeft.methods.from_dict(self.config.method), backend=self.config.model.backend)
             if train.head_init == "vpt":
                 head = fastpeft.parameter_groups(model).get("head", [])
                 heads.initialise(head, self.num_classes, mix(train.seed, INIT, 1))

@@ -194,7 +194,7 @@ def test_parametrised_weights():
 
 
 def test_wrong_arguments():
-    with pytest.raises(fastpeft.FastPEFTError, match=r"backend must be one of auto, reference, got 'cuda'"):
-        fastpeft.patch(vit(), backend="cuda")
+    with pytest.raises(fastpeft.FastPEFTError, match=r"backend must be one of auto, reference, .*, got 'cudnn'"):
+        fastpeft.patch(vit(), backend="cudnn")
     with pytest.raises(fastpeft.MethodError, match=r"such as fastpeft.VPT\(length=50\), got 'vpt'"):
         fastpeft.patch(vit(), "vpt")

@@ -21,7 +21,7 @@ from tests.trainer.conftest import ROOT
 
 # Beside the interpreter: an environment that is not activated is not on the path.
 LAUNCHER = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-pytestmark = pytest.mark.skipif(LAUNCHER is None, reason="DeepSpeed's launcher is neither beside the interpreter nor on the path")
+pytestmark = pytest.mark.skipif(LAUNCHER is None, reason="DeepSpeed's launcher is not installed")
 
 
 def launcher(ranks: int) -> tuple[str, ...]:

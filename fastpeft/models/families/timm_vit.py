@@ -14,6 +14,7 @@ from fastpeft.engine.hooks import any_hooks, draws, replaced, watched
 from fastpeft.engine.stack import EngineHost, begin, call_block, run_blocks
 from fastpeft.errors import UnsupportedModelError
 from fastpeft.models.families import Family
+from fastpeft.ops.activation import name_of
 
 _STEM = ("cls_token", "dist_token", "reg_token", "pos_embed", "patch_embed", "pos_drop", "patch_drop", "norm_pre")
 _FINAL = ("norm", "attn_pool", "fc_norm", "head_drop")
@@ -230,7 +231,7 @@ def _unsupported(block: nn.Module) -> str | None:
 
 
 def _describe_block(block: nn.Module, dim: int) -> BlockSpec:
-    from timm.layers import GluMlp, Mlp, SwiGLU
+    from timm.layers import GluMlp, LayerNorm, LayerScale, Mlp, SwiGLU
 
     attn, mlp = block.attn, block.mlp
     width = attn.num_heads * attn.head_dim
@@ -262,6 +263,8 @@ def _describe_block(block: nn.Module, dim: int) -> BlockSpec:
     # Gated MLPs treat every row by itself, as long as their linear layers do.
     gated = type(mlp) in (GluMlp, SwiGLU)
     known = tuple(f"mlp.{name}" for name, _ in mlp.named_children() if gated and name.startswith("fc"))
+    norms = [role for role in ("norm1", "norm2") if type(getattr(block, role)) in (nn.LayerNorm, LayerNorm)]
+    scales = [role for role in ("scale1", "scale2") if type(getattr(block, inner[role])) is LayerScale]
     return BlockSpec(
         dim=dim,
         num_heads=attn.num_heads,
@@ -273,7 +276,18 @@ def _describe_block(block: nn.Module, dim: int) -> BlockSpec:
         attn="attn",
         mlp="mlp",
         inner_linears=known,
+        layer_norms=tuple(norms),
+        layer_scales=tuple(scales),
+        activation=_activation(mlp.act) if hidden is not None else None,
     )
+
+
+def _activation(act: nn.Module) -> str | None:
+    """The name of an activation, torch's or timm's."""
+    from timm.layers import activations
+
+    known = {activations.GELU: "gelu", activations.GELUTanh: "gelu_tanh", activations.QuickGELU: "quick_gelu"}
+    return known.get(type(act)) or name_of(act)
 
 
 FAMILY = TimmVitFamily()

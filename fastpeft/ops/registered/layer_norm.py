@@ -25,7 +25,7 @@ def _add_layer_norm(
     from fastpeft.ops import layer_norm as operator
 
     module = choose(
-        "layer_norm", backend, x.device, lambda module: operator.reasons(module, x, branch, gamma, weight, bias, eps)
+        "layer_norm", backend, x.device, lambda module: module.reasons(x, weight, bias, eps, branch=branch, gamma=gamma)
     )
     rows = x.shape[:-1].numel()
     if module is not None:
@@ -58,12 +58,9 @@ def _add_layer_norm_backward(
     backend: str,
 ) -> list[Tensor]:
     """Gradients of x, branch, weight and bias; empty where not needed."""
-    from fastpeft.ops import layer_norm as operator
 
     needs_x, needs_branch, needs_weight, needs_bias = needs
-    module = choose(
-        "layer_norm", backend, s.device, lambda module: operator.reasons(module, s, None, gamma, weight, bias, eps)
-    )
+    module = choose("layer_norm", backend, s.device, lambda module: module.reasons(s, weight, bias, eps, gamma=gamma))
     if module is not None:
         dx, dbranch, dbias, dweight = module.backward(
             dy,

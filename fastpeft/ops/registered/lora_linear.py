@@ -28,7 +28,7 @@ def _lora_linear(
     terms = operator.terms_from(factors, scales, starts, stops)
     rows = x.flatten(0, -2)
     module = choose(
-        "lora_linear", backend, x.device, lambda module: operator.reasons(module, rows, weight, bias, terms)
+        "lora_linear", backend, x.device, lambda module: module.reasons(rows, weight, bias, operator.plain(terms))
     )
     if module is not None:
         y, h = module.forward(rows, weight, bias, operator.plain(terms))
@@ -63,7 +63,7 @@ def _lora_linear_backward(
     terms = operator.terms_from(factors, scales, starts, stops)
     rows = x.flatten(0, -2)
     module = choose(
-        "lora_linear", backend, x.device, lambda module: operator.reasons(module, rows, weight, None, terms)
+        "lora_linear", backend, x.device, lambda module: module.reasons(rows, weight, None, operator.plain(terms))
     )
     needs = [needs_x] + [needs_factors] * len(factors)
     if module is not None:

@@ -1,0 +1,77 @@
+"""What a step keeps under each setting of `memory`, and that it stays the same step."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import fastpeft
+from bench.memory import saved_bytes
+from fastpeft import FastPEFTError
+from tests.kernels.close import error
+from tests.tiny import METHODS, images, patched, vit
+
+
+def step(model, x):
+    logits = model(x)
+    torch.manual_seed(5)
+    (logits * torch.randn_like(logits)).sum().backward()
+    return {"logits": logits.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("method", ["vpt-deep", "lora-q-v", "adapter", "vpt-shallow-dropout", "full"])
+def test_recomputed_blocks_give_the_same_gradients(method):
+    model = patched(METHODS[method]).train()
+    twin = copy.deepcopy(model)
+    fastpeft.patch(model, memory="small")
+    expected = step(twin, images())
+    for name, value in step(model, images()).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("method", ["vpt-deep", "lora-q-v", "adapter"])
+def test_eight_bits_of_a_derivative_cost_little_accuracy(method):
+    ours, plain = {}, {}
+    for draw in range(4):
+        model = patched(METHODS[method], seed=draw).train()
+        exact = step(copy.deepcopy(model).double(), images(seed=draw).double())
+        for errors, memory in ((ours, "balanced"), (plain, "fast")):
+            fastpeft.patch(twin := copy.deepcopy(model), memory=memory)
+            with torch.autocast("cpu", torch.bfloat16):
+                found = step(twin, images(seed=draw))
+            for name, value in found.items():
+                errors[name] = errors.get(name, 0.0) + error(value, exact[name])
+    wrong = {name: (ours[name], plain[name]) for name in ours if not ours[name] <= 2 * plain[name]}
+    assert not wrong, "relative errors (balanced, fast), summed over draws"
+    assert any(ours[name] != plain[name] for name in ours), "the derivative was not kept in eight bits"
+
+
+def kept(memory, dtype=torch.bfloat16, method="vpt-deep"):
+    model = fastpeft.patch(vit(dtype=dtype, embed_dim=64), METHODS[method], memory=memory).train()
+    x = images(batch=8).to(dtype)
+    return saved_bytes(lambda: model(x), model)
+
+
+def test_each_setting_keeps_less_than_the_one_before():
+    fast, balanced, small = (kept(memory) for memory in ("fast", "balanced", "small"))
+    # Two blocks of 17 tokens and the last one's class token, 8 images, 256 units: one byte each instead of two.
+    assert fast - balanced == (2 * 17 + 1) * 8 * 256
+    assert small < 0.5 * balanced
+
+
+def test_full_precision_keeps_its_full_derivative():
+    assert kept("balanced", torch.float32) == kept("fast", torch.float32)
+
+
+def test_a_trained_mlp_keeps_what_it_needs():
+    assert kept("balanced", method="bitfit") == kept("fast", method="bitfit")
+
+
+def test_a_later_patch_changes_the_setting_and_only_if_told():
+    model = fastpeft.patch(vit(), memory="small")
+    assert fastpeft.patch(model, METHODS["vpt-deep"]).fastpeft_host.memory == "small"
+    assert fastpeft.patch(model, memory="fast").fastpeft_host.memory == "fast"
+    with pytest.raises(FastPEFTError, match="memory must be one of fast, balanced, small, got 'tiny'"):
+        fastpeft.patch(model, memory="tiny")

@@ -1,0 +1,130 @@
+"""The dispatcher on emulated chips: what is chosen, why something else is not, and what is said."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastpeft.ops import choose
+from fastpeft.ops.choose import OPERATORS, BackendError, Chip, asked, emulated, unavailable
+
+CPU = torch.device("cpu")
+H100, A100, T4, OLD = Chip("cuda", 90), Chip("cuda", 80), Chip("cuda", 75), Chip("cuda", 70)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Every package is there, and every implementation is a stand-in whose reasons the test decides."""
+    choose.unavailable.cache_clear()
+    choose.say_once.cache_clear()
+    monkeypatch.setattr(choose.importlib.util, "find_spec", lambda name: object())
+    modules = {}
+
+    def module(operator, backend):
+        return modules.setdefault((operator, backend), SimpleNamespace(reasons=lambda: [], name=(operator, backend)))
+
+    monkeypatch.setattr(choose, "_module", module)
+    yield module
+    choose.unavailable.cache_clear()
+    choose.say_once.cache_clear()
+
+
+def pick(wish, chip, operator="prompt_attention"):
+    with emulated(chip):
+        found = choose.choose(operator, wish, CPU, lambda module: module.reasons())
+    return found and found.name[1]
+
+
+def test_what_nobody_measured_is_not_chosen_by_default(installed):
+    for operator in OPERATORS:
+        assert pick("auto", H100, operator) is None
+        assert choose.is_reference(operator, "auto")
+
+
+def test_what_was_measured_is_chosen_on_that_chip_alone(installed, monkeypatch):
+    monkeypatch.setitem(choose.PROVEN, ("prompt_attention", "cuda", 90), ("triton", "xformers"))
+    assert pick("auto", H100) == "triton"
+    assert pick("auto", A100) is None
+    assert pick("auto", Chip("cpu")) is None
+    assert not choose.is_reference("prompt_attention", "auto") and choose.is_reference("mlp", "auto")
+
+
+def test_the_next_best_serves_what_the_best_cannot(installed, monkeypatch, caplog):
+    monkeypatch.setitem(choose.PROVEN, ("prompt_attention", "cuda", 90), ("triton", "xformers"))
+    installed("prompt_attention", "triton").reasons = lambda: ["a bias with a gradient"]
+    with caplog.at_level(logging.INFO, logger="fastpeft"):
+        assert pick("auto", H100) == "xformers"
+        assert pick("auto", H100) == "xformers"
+    assert len(caplog.records) == 1, "a fallback is said once"
+    assert "triton cannot: a bias with a gradient" in caplog.text
+    installed("prompt_attention", "xformers").reasons = lambda: ["a mask"]
+    assert pick("auto", H100) is None
+
+
+def test_a_name_asked_for_runs_or_is_an_error_with_every_reason(installed):
+    assert pick("triton", H100) == "triton" and pick("triton", T4) == "triton"
+    assert pick("reference", H100) is None
+    installed("prompt_attention", "triton").reasons = lambda: ["head dim 200 is above 128"]
+    with pytest.raises(BackendError) as caught:
+        pick("triton", H100)
+    message = str(caught.value)
+    assert "triton: head dim 200 is above 128" in message and "xformers: could run" in message
+    assert "reference always can" in message
+
+
+def test_chips_without_the_instructions(installed):
+    assert "needs compute capability 7.5, the GPU has 7.0" in unavailable("mlp", "triton", OLD)
+    with pytest.raises(BackendError, match=r"7\.0"):
+        pick("triton", OLD)
+    assert "needs an NVIDIA GPU, the tensors are on cpu" in unavailable("mlp", "triton", Chip("cpu"))
+    assert unavailable("mlp", "triton", Chip("cpu", interpreted=True)) is None
+    assert "no xformers implementation of mlp" in unavailable("mlp", "xformers", H100)
+
+
+def test_missing_packages_are_named(monkeypatch):
+    choose.unavailable.cache_clear()
+    monkeypatch.setattr(choose.importlib.util, "find_spec", lambda name: None)
+    assert unavailable("prompt_attention", "xformers", H100) == "xformers is not installed"
+    assert unavailable("mlp", "triton", H100) == "triton is not installed"
+    choose.unavailable.cache_clear()
+
+
+def test_wishes_come_from_the_environment_first():
+    assert asked("auto", {}) == dict.fromkeys(OPERATORS, "auto")
+    assert set(asked("triton", {}).values()) == {"triton"}
+    found = asked("triton", {"FASTPEFT_BACKEND_MLP": "reference"})
+    assert found.pop("mlp") == "reference" and set(found.values()) == {"triton"}
+    found = asked("auto", {"FASTPEFT_BACKEND": "triton", "FASTPEFT_BACKEND_ADAPTER": "auto"})
+    assert found.pop("adapter") == "auto" and set(found.values()) == {"triton"}
+
+
+def test_one_name_for_all_leaves_out_what_does_not_have_it():
+    found = asked("xformers", {})
+    assert found.pop("prompt_attention") == "xformers" and set(found.values()) == {"auto"}
+    with pytest.raises(BackendError, match="FASTPEFT_BACKEND_MLP: mlp has no xformers implementation, only reference"):
+        asked("auto", {"FASTPEFT_BACKEND_MLP": "xformers"})
+
+
+@pytest.mark.parametrize("source, environment", [("backend", {}), ("FASTPEFT_BACKEND", {"FASTPEFT_BACKEND": "magic"})])
+def test_unknown_names(source, environment):
+    with pytest.raises(BackendError, match=f"{source} must be one of auto, reference, .*, got 'magic'"):
+        asked("auto" if environment else "magic", environment)
+
+
+def test_the_table_says_something_of_everything(installed):
+    rows = choose.table(H100)
+    assert [row[0] for row in rows if row[1] == "reference"] == list(OPERATORS)
+    assert all(row[2] for row in rows)
+    assert ("mlp", "triton", "only when asked for: not measured on this chip yet") in rows
+
+
+def test_real_modules_are_where_the_table_says():
+    import importlib
+
+    pytest.importorskip("triton")
+    for (operator, backend), path in choose._MODULES.items():
+        module = importlib.import_module(path)
+        assert callable(module.reasons) and callable(module.forward), (operator, backend)
