@@ -85,12 +85,12 @@ def _verify(settings: Settings, method: str, dtype: torch.dtype, training: bool)
     model = settings.plain().to(settings.device)
     images, labels = settings.batch_of(64 if settings.tiny else 32, torch.float32)
     deviations = compare(model, METHODS[method](), images, labels, dtype=dtype, training=training)
-    worst = max(deviations, key=lambda d: d.fused / d.bound)
+    worst = max(deviations, key=lambda d: d.error / d.bound)
     return {
         "passed": all(d.passed for d in deviations),
         "tensors": len(deviations),
-        "fused_error": worst.fused,
-        "literal_error": worst.literal,
+        "fused_error": worst.error,
+        "literal_error": worst.baseline,
         "bound": worst.bound,
         "worst": str(worst),
         "failed": [str(d) for d in deviations if not d.passed][:10],
