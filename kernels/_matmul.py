@@ -49,6 +49,11 @@ def aligned(*tensors: Tensor) -> bool:
     return all(tensor.stride(0) % 16 == 0 for tensor in tensors)
 
 
+def on_matrix_units(dtype: torch.dtype, capability: int) -> bool:
+    """Whether products use matrix instructions: exact fp32 has none, and Triton none for chips before 8.0."""
+    return capability >= 80 and (dtype != torch.float32 or precision(dtype) == "tf32")
+
+
 def type_reasons(dtype: torch.dtype, capability: int) -> list[str]:
     """Why a chip cannot multiply matrices of this type here."""
     if dtype not in TYPES:
@@ -83,23 +88,25 @@ def choose_tiles(
         low: columns of a second, narrow right factor and bytes of its elements.
     """
     size = dtype.itemsize
-    if precision(dtype) == "ieee" and dtype == torch.float32:
-        # Without matrix instructions the operands of a step pass through registers.
-        small = large = Tiles(32, 32, 16, 4, 2) if low[0] > 16 else Tiles(64, 64, 16, 4, 2)
-    elif capability < 80 or not whole:
+    # A second sum takes registers of the first.
+    share = 2 if low[0] > 16 else 1
+    if not on_matrix_units(dtype, capability):
+        # The operands of a step pass through registers.
+        small = large = Tiles(64 // share, 64 // share, 16, 4, 2)
+    elif not whole:
         # Elements that are loaded one by one take an address register each.
         small = large = Tiles(64, 64, 32, 4, 2)
     else:
         small = Tiles(64, 64, 128 // size, 4, 4)
-        # A second sum as wide as this takes the registers of half of the first.
-        share = 2 if low[0] > 16 else 1
         large = Tiles(128, (256 if capability in (90, 100) and size == 2 else 128) // share, 128 // size, 8, 4)
     filled = -(-rows // large.m) * -(-columns // large.n) >= processors
     tiles = large if filled else small
     n = min(tiles.n, widest)
     step = tiles.k * ((tiles.m + n) * size + low[0] * low[1])
-    limit = SHARED_LIMIT.get(capability, SHARED_LIMIT[75])
-    return Tiles(tiles.m, n, tiles.k, tiles.warps, max(1, min(tiles.stages, (limit - 4096) // step)))
+    steps = (SHARED_LIMIT.get(capability, SHARED_LIMIT[75]) - 4096) // step
+    # Matrix units that read shared memory hold a step until it is done, others have it in registers by then.
+    stages = min(tiles.stages, steps if capability in (90, 100) else steps + 1)
+    return Tiles(tiles.m, n, tiles.k, tiles.warps, stages)
 
 
 @triton.jit

@@ -60,9 +60,9 @@ def prompt_attention_delta(
 
 
 @triton.jit
-def load_lse(lse, rows, Nq):
+def load_lse(lse_ptr, lines, queried):
     """Log-sum-exp in units of log2; +inf, so that every probability is 0, where there is no row or it saw no key."""
-    lse = tl.load(lse + rows, mask=rows < Nq, other=float("inf")) * LOG2E
+    lse = tl.load(lse_ptr + lines, mask=queried, other=float("inf")) * LOG2E
     return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
@@ -203,6 +203,7 @@ def prompt_attention_query_gradient(
     REST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BIAS: tl.constexpr,
     CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -252,7 +253,7 @@ def prompt_attention_query_gradient(
         dq_rest = tl.zeros([BLOCK_M, REST], tl.float32)
     if STORE_DELTA:
         tl.store(delta_ptr + head * Nq + rows, delta, mask=queried)
-    lse = load_lse(lse_ptr + head * Nq, rows, Nq)
+    lse = load_lse(lse_ptr, head * Nq + rows, queried)
 
     whole = N // BLOCK_N * BLOCK_N
     # As in the forward kernel: keys that all queries of the block see, keys that some see, the rest and the prompts.
@@ -278,7 +279,7 @@ def prompt_attention_query_gradient(
     dq, dq_rest = _query_gradient(
         dq, dq_rest, q, q_rest, dout, dout_rest, lse, delta, k_ptr, v_ptr, prompt_k_ptr, prompt_v_ptr, bias_ptr,
         row_words, column_words_ptr, k_n, v_n, prompt_k_n, prompt_v_n, bias_m, bias_n, rows, whole, end, Nq, N,
-        scale_log2, keep_scale, threshold, D, MAIN, REST, BLOCK_N, BIAS, CAUSAL, DROPOUT, True, PROMPTS, PRECISION,
+        scale_log2, keep_scale, threshold, D, MAIN, REST, BLOCK_T, BIAS, CAUSAL, DROPOUT, True, PROMPTS, PRECISION,
     )  # fmt: skip
 
     dq_rows = dq_ptr + b * dq_b + h * dq_h + rows.to(tl.int64) * dq_n

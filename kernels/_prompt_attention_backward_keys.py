@@ -31,6 +31,8 @@ def _key_gradients(
     column_words,
     bias_m,
     bias_n,
+    lines,
+    queried,
     rows,
     keys,
     Nq,
@@ -46,20 +48,21 @@ def _key_gradients(
     DROPOUT: tl.constexpr,
     NEEDS_K: tl.constexpr,
     NEEDS_V: tl.constexpr,
+    MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add what a block of queries contributes to dk and dv of a block of keys; tiles are keys x queries.
 
-    Rows of absent queries have the probability 0; what absent keys get is never stored.
+    `lines` are the places of the queries in (B, H, Nq). If MASKED, some may not be `queried`: their probability is 0.
+    What absent keys get is never stored.
     """
-    queried = rows < Nq
-    q = load_tile(q_rows, queried, 0, MAIN, D, True)
-    dout = load_tile(dout_rows, queried, 0, MAIN, D, True)
-    lse = load_lse(lse_ptr, rows, Nq)
+    q = load_tile(q_rows, queried, 0, MAIN, D, MASKED)
+    dout = load_tile(dout_rows, queried, 0, MAIN, D, MASKED)
+    lse = load_lse(lse_ptr, lines, queried)
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     if REST > 0:
-        q_rest = load_tile(q_rows, queried, MAIN, REST, D, True)
-        dout_rest = load_tile(dout_rows, queried, MAIN, REST, D, True)
+        q_rest = load_tile(q_rows, queried, MAIN, REST, D, MASKED)
+        dout_rest = load_tile(dout_rows, queried, MAIN, REST, D, MASKED)
         s = tl.dot(k_rest, tl.trans(q_rest), s, input_precision=PRECISION)
     s = s * scale_log2
     if BIAS > 0:
@@ -68,7 +71,7 @@ def _key_gradients(
     if CAUSAL:
         p = tl.where(keys[:, None] <= rows[None, :], p, 0.0)
     if DROPOUT:
-        row_words = tl.load(row_words_ptr + rows, mask=queried, other=0)
+        row_words = tl.load(row_words_ptr + lines, mask=queried, other=0)
         keep = kept(row_words[None, :], column_words[:, None], threshold)
     if NEEDS_V:
         weights = p
@@ -79,7 +82,7 @@ def _key_gradients(
         if REST > 0:
             dv_rest = tl.dot(weights, dout_rest, dv_rest, input_precision=PRECISION)
     if NEEDS_K:
-        delta = tl.load(delta_ptr + rows, mask=queried, other=0.0)
+        delta = tl.load(delta_ptr + lines, mask=queried, other=0.0)
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         if REST > 0:
             dp = tl.dot(v_rest, tl.trans(dout_rest), dp, input_precision=PRECISION)
@@ -139,6 +142,7 @@ def prompt_attention_token_gradients(
     REST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BIAS: tl.constexpr,
     CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -158,16 +162,12 @@ def prompt_attention_token_gradients(
 
     q_ptr += b * q_b + h * q_h
     dout_ptr += b * dout_b + h * dout_h
-    lse_ptr += head * Nq
     k_rows = k_ptr + b * k_b + h * k_h + keys.to(tl.int64) * k_n
     v_rows = v_ptr + b * v_b + h * v_h + keys.to(tl.int64) * v_n
-    if NEEDS_K:
-        delta_ptr += head * Nq
     if BIAS > 0:
         bias_ptr += b * bias_b + h * bias_h
     column_words = keys
     if DROPOUT:
-        row_words_ptr += head * Nq
         column_words = tl.load(column_words_ptr + keys, mask=inside, other=0)
 
     k = load_tile(k_rows, inside, 0, MAIN, D, True)
@@ -191,14 +191,22 @@ def prompt_attention_token_gradients(
     start = 0
     if CAUSAL:
         start = first_key // BLOCK_M * BLOCK_M
-    for first_row in range(start, Nq, BLOCK_M):
+    whole = Nq // BLOCK_M * BLOCK_M
+    for first_row in range(start, whole, BLOCK_M):
         rows = first_row + tl.arange(0, BLOCK_M)
-        q_rows = q_ptr + rows.to(tl.int64) * q_n
-        dout_rows = dout_ptr + rows.to(tl.int64) * dout_n
         dk, dk_rest, dv, dv_rest = _key_gradients(
-            dk, dk_rest, dv, dv_rest, k, k_rest, v, v_rest, q_rows, dout_rows, lse_ptr, delta_ptr, bias_ptr,
-            row_words_ptr, column_words, bias_m, bias_n, rows, keys, Nq, N, scale_log2, keep_scale, threshold,
-            D, MAIN, REST, BIAS, CAUSAL, DROPOUT, NEEDS_K, NEEDS_V, PRECISION,
+            dk, dk_rest, dv, dv_rest, k, k_rest, v, v_rest, q_ptr + rows.to(tl.int64) * q_n,
+            dout_ptr + rows.to(tl.int64) * dout_n, lse_ptr, delta_ptr, bias_ptr, row_words_ptr, column_words, bias_m,
+            bias_n, head * Nq + rows, rows < Nq, rows, keys, Nq, N, scale_log2, keep_scale, threshold,
+            D, MAIN, REST, BIAS, CAUSAL, DROPOUT, NEEDS_K, NEEDS_V, False, PRECISION,
+        )  # fmt: skip
+    for first_row in range(tl.maximum(start, whole), Nq, BLOCK_T):
+        rows = first_row + tl.arange(0, BLOCK_T)
+        dk, dk_rest, dv, dv_rest = _key_gradients(
+            dk, dk_rest, dv, dv_rest, k, k_rest, v, v_rest, q_ptr + rows.to(tl.int64) * q_n,
+            dout_ptr + rows.to(tl.int64) * dout_n, lse_ptr, delta_ptr, bias_ptr, row_words_ptr, column_words, bias_m,
+            bias_n, head * Nq + rows, rows < Nq, rows, keys, Nq, N, scale_log2, keep_scale, threshold,
+            D, MAIN, REST, BIAS, CAUSAL, DROPOUT, NEEDS_K, NEEDS_V, True, PRECISION,
         )  # fmt: skip
 
     if NEEDS_K:
@@ -301,41 +309,41 @@ def prompt_attention_prompt_gradients(
         if NEEDS_K:
             v_rest = load_tile(v_rows, inside, MAIN, REST, D, True)
 
-    row_blocks = tl.cdiv(Nq, BLOCK_M)
     if BANK:
         # Samples of other tasks are passed over.
         for sample in range(B * split // splits, B * (split + 1) // splits):
             mine = tl.load(index_ptr + sample).to(tl.int64) == g
-            for block in range(0, tl.where(mine, row_blocks, 0)):
+            for first_row in range(0, tl.where(mine, Nq, 0), BLOCK_M):
                 b = tl.cast(sample, tl.int64)
-                rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-                head = b * H + h
+                rows = first_row + tl.arange(0, BLOCK_M)
                 dk, dk_rest, dv, dv_rest = _key_gradients(
                     dk, dk_rest, dv, dv_rest, k, k_rest, v, v_rest,
                     q_ptr + b * q_b + h * q_h + rows.to(tl.int64) * q_n,
-                    dout_ptr + b * dout_b + h * dout_h + rows.to(tl.int64) * dout_n,
-                    lse_ptr + head * Nq, delta_ptr + head * Nq if NEEDS_K else delta_ptr, None,
-                    row_words_ptr + head * Nq if DROPOUT else row_words_ptr, column_words, 0, 0, rows, keys, Nq, N,
-                    scale_log2, keep_scale, threshold, D, MAIN, REST, 0, False, DROPOUT, NEEDS_K, NEEDS_V, PRECISION,
+                    dout_ptr + b * dout_b + h * dout_h + rows.to(tl.int64) * dout_n, lse_ptr, delta_ptr, None,
+                    row_words_ptr, column_words, 0, 0, (b * H + h) * Nq + rows, rows < Nq, rows, keys, Nq, N,
+                    scale_log2, keep_scale, threshold, D, MAIN, REST, 0, False, DROPOUT, NEEDS_K, NEEDS_V, True,
+                    PRECISION,
                 )  # fmt: skip
     else:
-        # One loop over blocks of queries of one sample after the other, so that loads run ahead across samples.
-        work = row_blocks
+        # Queries of all samples that share the prompts are one sequence: no block but the last is ragged.
+        total = Nq
         if SHARED:
-            work = B * row_blocks
-        for item in range(work * split // splits, work * (split + 1) // splits):
+            total = B * Nq
+        blocks = tl.cdiv(total, BLOCK_M)
+        for block in range(blocks * split // splits, blocks * (split + 1) // splits):
+            places = block * BLOCK_M + tl.arange(0, BLOCK_M)
             b = g
+            rows = places
             if SHARED:
-                b = (item // row_blocks).to(tl.int64)
-            rows = (item % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-            head = b * H + h
+                b = (places // Nq).to(tl.int64)
+                rows = places % Nq
             dk, dk_rest, dv, dv_rest = _key_gradients(
                 dk, dk_rest, dv, dv_rest, k, k_rest, v, v_rest,
-                q_ptr + b * q_b + h * q_h + rows.to(tl.int64) * q_n,
-                dout_ptr + b * dout_b + h * dout_h + rows.to(tl.int64) * dout_n,
-                lse_ptr + head * Nq, delta_ptr + head * Nq if NEEDS_K else delta_ptr, None,
-                row_words_ptr + head * Nq if DROPOUT else row_words_ptr, column_words, 0, 0, rows, keys, Nq, N,
-                scale_log2, keep_scale, threshold, D, MAIN, REST, 0, False, DROPOUT, NEEDS_K, NEEDS_V, PRECISION,
+                q_ptr + h * q_h + b * q_b + rows.to(tl.int64) * q_n,
+                dout_ptr + h * dout_h + b * dout_b + rows.to(tl.int64) * dout_n, lse_ptr, delta_ptr, None,
+                row_words_ptr, column_words, 0, 0, (b * H + h) * Nq + rows, places < total, rows, keys, Nq, N,
+                scale_log2, keep_scale, threshold, D, MAIN, REST, 0, False, DROPOUT, NEEDS_K, NEEDS_V, True,
+                PRECISION,
             )  # fmt: skip
 
     group = split.to(tl.int64) * G + g

@@ -5,8 +5,8 @@
 
 j runs over the N tokens and then over the p prompts; M is the dropout mask. One program owns a block of queries of one
 head and passes over the keys with a running maximum and sum. Whole blocks of tokens come first and need no mask. The
-rest of the tokens and the prompts are one more sequence of blocks, of which one may hold both: 197 tokens and 50
-prompts are then four blocks of 64 keys instead of five.
+rest of the tokens and the prompts follow as one sequence, in blocks of their own size of which one may hold both: 197
+tokens and 10 prompts are three blocks of 64 keys and one of 16.
 
 A head dimension that is no power of two is two tiles, MAIN and REST columns wide: 80 costs 64 + 16 and not 128.
 Exponentials are powers of two: log2(e) is folded into the scale.
@@ -224,6 +224,7 @@ def prompt_attention_forward(
     REST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BIAS: tl.constexpr,
     CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -287,7 +288,7 @@ def prompt_attention_forward(
     acc, acc_rest, top, total = _attend(
         acc, acc_rest, top, total, q, q_rest, k_ptr, v_ptr, prompt_k_ptr, prompt_v_ptr, bias_ptr, row_words,
         column_words_ptr, k_n, v_n, prompt_k_n, prompt_v_n, bias_m, bias_n, rows, whole, end, Nq, N, scale_log2,
-        threshold, D, MAIN, REST, BLOCK_N, BIAS, CAUSAL, DROPOUT, True, PROMPTS, PRECISION,
+        threshold, D, MAIN, REST, BLOCK_T, BIAS, CAUSAL, DROPOUT, True, PROMPTS, PRECISION,
     )  # fmt: skip
 
     # A row without any key has the total 0: its output is 0 and its lse -inf.

@@ -27,7 +27,7 @@ from fastpeft.kernels._lora_linear_beside import (
     lora_linear_forward_beside,
 )
 from fastpeft.kernels._lora_linear_fused import lora_linear_backward_fused, lora_linear_forward_fused
-from fastpeft.kernels._matmul import aligned, choose_tiles, precision, type_reasons
+from fastpeft.kernels._matmul import aligned, choose_tiles, on_matrix_units, precision, type_reasons
 
 # a (r, K), b (stop - start, r), scale, start, stop.
 Term = tuple[Tensor, Tensor, float, int, int]
@@ -304,13 +304,14 @@ def _beside_blocks(
 ) -> tuple[int, int, int, int, int]:
     """Rows, output columns, reduction step, warps and stages of the kernels that add terms in place."""
     rank = _rank_block(terms)
-    if dtype == torch.float32 and precision(dtype) == "ieee":
+    if not on_matrix_units(dtype, capability):
         return 32, 64 if rank == 16 else 32, 16, 4, 2
-    if capability < 80 or not whole:
+    if not whole:
         return 64, 64, 32, 4, 2
-    # The narrow sums of all terms are alive together.
-    many = rank * len(terms) > 128
-    return 64, 64, 128 // dtype.itemsize, 8 if many else 4, 2 if many else 3
+    if rank * len(terms) > 128:
+        # The narrow sums of all terms are alive together; matrix units that read shared memory want 64 rows.
+        return (64, 64, 32, 8, 2) if capability in (90, 100) and dtype.itemsize == 2 else (32, 64, 32, 4, 2)
+    return 64, 64, 128 // dtype.itemsize, 8 if capability == 100 else 4, 3
 
 
 def _beside_grid(rows: int, columns: int, block_m: int, block_n: int, processors: int) -> tuple[int, int]:
@@ -322,8 +323,8 @@ def _beside_grid(rows: int, columns: int, block_m: int, block_n: int, processors
 
 def _factor_blocks(dtype: torch.dtype, capability: int, whole: bool) -> tuple[int, int, int, int]:
     """Rows a step, columns, warps and stages of the sums over rows."""
-    if dtype == torch.float32 and precision(dtype) == "ieee":
+    if not on_matrix_units(dtype, capability):
         return 16, 64, 4, 2
-    if capability < 80 or not whole:
+    if not whole:
         return 32, 64, 4, 2
-    return 128 // dtype.itemsize, 128, 8, 3
+    return 128 // dtype.itemsize, 64, 4, 3

@@ -37,6 +37,9 @@ DERIVATIVE_RANGES = {
 # By compute capability. Nothing has been measured on a chip yet, so the products stay with the vendor's library.
 _DEFAULT_VARIANT = {75: "beside", 80: "beside", 90: "beside", 100: "beside"}
 
+# Columns of a tile: an activation and its derivative want as many registers again as the tile itself.
+_WIDEST = 128
+
 # What `kept` holds, as the kernels are told.
 _NOTHING, _PREACTIVATION, _DERIVATIVE8 = 0, 1, 2
 _FORMS = {"nothing": _NOTHING, "preactivation": _PREACTIVATION, "derivative8": _DERIVATIVE8}
@@ -271,7 +274,7 @@ def forward(
     if variant == "fused":
         kept = None if form == _NOTHING else torch.empty_like(a, dtype=torch.uint8 if form == _DERIVATIVE8 else None)
         tiles = choose_tiles(
-            rows, columns, x.dtype, capability_of(x.device), processors_of(x.device), aligned(x, weight)
+            rows, columns, x.dtype, capability_of(x.device), processors_of(x.device), aligned(x, weight), _WIDEST
         )
         arguments = dict(
             x_ptr=x, weight_ptr=weight, bias_ptr=bias, a_ptr=a, kept_ptr=kept,
@@ -327,7 +330,13 @@ def backward_input(
     constants = _constants(activation, _DERIVATIVE8 if keep == "derivative8" else _PREACTIVATION)
     if variant == "fused":
         tiles = choose_tiles(
-            rows, inner, dy.dtype, capability_of(dy.device), processors_of(dy.device), aligned(dy, weight2)
+            rows,
+            inner,
+            dy.dtype,
+            capability_of(dy.device),
+            processors_of(dy.device),
+            aligned(dy, weight2),
+            _WIDEST if dy.dtype.itemsize == 2 else _WIDEST // 2,
         )
         arguments = dict(
             dy_ptr=dy, weight_ptr=weight2, kept_ptr=kept, dz_ptr=dz,

@@ -21,7 +21,7 @@ from fastpeft.kernels._prompt_attention_backward_keys import (
     prompt_attention_prompt_gradients,
     prompt_attention_token_gradients,
 )
-from fastpeft.kernels._prompt_attention_choice import Blocks, choose, widths
+from fastpeft.kernels._prompt_attention_choice import Blocks, choose, tail, widths
 from fastpeft.kernels._prompt_attention_forward import prompt_attention_forward
 
 _LOG2E = 1.4426950408889634
@@ -76,6 +76,7 @@ def forward(
     lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device)
     values |= {"out_ptr": out, "lse_ptr": lse} | _strides("out", out)
     blocks = choose("forward", values, q)
+    values["BLOCK_T"] = _key_tail(values, blocks)
     _launch(prompt_attention_forward, triton.cdiv(rows, blocks.m) * batch * heads, values, blocks)
     return out, lse
 
@@ -152,6 +153,7 @@ def backward(
     # First, since the others read the delta that it stores.
     if needs_q:
         blocks = choose("queries", values, q)
+        values["BLOCK_T"] = _key_tail(values, blocks)
         _launch(prompt_attention_query_gradient, triton.cdiv(rows, blocks.m) * batch * heads, values, blocks)
     elif delta is not None:
         blocks = Blocks(32, 0, 4, 1)
@@ -159,6 +161,7 @@ def backward(
         _launch(prompt_attention_delta, triton.cdiv(rows, blocks.m) * batch * heads, values, blocks)
     if needs_k or needs_v:
         blocks = choose("keys", values, q)
+        values["BLOCK_T"] = tail(rows % blocks.m, blocks.m)
         _launch(prompt_attention_token_gradients, triton.cdiv(k.shape[2], blocks.n) * batch * heads, values, blocks)
     return dq, dk, dv, *_prompt_gradients(values, q, prompt_k, prompt_v, needs_pk, needs_pv)
 
@@ -176,7 +179,7 @@ def _prompt_gradients(
     blocks = choose("prompts", values, q)
     programs = triton.cdiv(length, blocks.n) * heads * groups
     # Pieces that can be given to different programs: samples of a bank, else blocks of queries.
-    pieces = batch if values["BANK"] else triton.cdiv(rows, blocks.m) * (batch if values["SHARED"] else 1)
+    pieces = batch if values["BANK"] else triton.cdiv(rows * (batch if values["SHARED"] else 1), blocks.m)
     splits = max(1, min(pieces, triton.cdiv(2 * processors_of(q.device), programs)))
     dtypes = [prompt.dtype for prompt, need in ((prompt_k, needs_k), (prompt_v, needs_v)) if need]
     dtype = dtypes[0] if splits == 1 and len(set(dtypes)) == 1 else torch.float32
@@ -222,7 +225,8 @@ def reasons(
         found.append("the last stride of q, k and v must be 1")
     if not scale > 0.0:
         found.append(f"the scale must be positive, not {scale}")
-    found += _device_reasons(q)
+    if q.dtype == torch.bfloat16 and capability_of(q.device) < 80:
+        found.append("bf16 needs compute capability 8.0")
     found += _prompt_reasons(q, prompt_k, prompt_v, prompt_index)
     if bias is not None:
         found += _bias_reasons(q, k, bias)
@@ -238,16 +242,6 @@ def reasons(
                 given = "None" if words is None else f"{words.dtype} {tuple(words.shape)}"
                 found.append(f"dropout needs {name} of int32 {tuple(shape)}, not {given}")
     return found
-
-
-def _device_reasons(q: Tensor) -> list[str]:
-    if q.device.type == "meta" or not isinstance(prompt_attention_forward, triton.JITFunction):
-        return []
-    if q.device.type != "cuda":
-        return [f"Triton's kernels run on CUDA devices, not on {q.device}"]
-    capability = capability_of(q.device)
-    least = 80 if q.dtype == torch.bfloat16 else 75
-    return [] if capability >= least else [f"{q.dtype} needs compute capability {least}, the device has {capability}"]
 
 
 def _prompt_reasons(q: Tensor, k: Tensor | None, v: Tensor | None, index: Tensor | None) -> list[str]:
@@ -343,6 +337,11 @@ def _values(
         values["prompt_k_b"] = values["prompt_v_b"] = 0
     values |= dict(zip(("bias_b", "bias_h", "bias_m", "bias_n"), bias.stride() if kind else (0,) * 4, strict=True))
     return values
+
+
+def _key_tail(values: dict[str, Any], blocks: Blocks) -> int:
+    """Block size for the tokens that are no whole block together with the prompts."""
+    return tail(values["N"] % blocks.n + values["P"], blocks.n)
 
 
 def _strides(name: str, tensor: Tensor | None) -> dict[str, int]:
