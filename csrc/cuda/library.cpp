@@ -2,10 +2,8 @@
 // library serves several versions of torch and any version of Python.
 //
 // Nothing here needs a GPU until an operator is called: the library loads, and its schemas are there, under a torch
-// without CUDA too. For that reason the one function that only torch's CUDA library has is looked up when first needed.
+// without CUDA too.
 
-#include <cuda_runtime_api.h>
-#include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -18,6 +16,12 @@
 
 #include "kernels.h"
 
+#ifdef FASTPEFT_EMULATE
+#include "emulated_device.h"
+#else
+#include "device.h"
+#endif
+
 #define FASTPEFT_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Counts changes of the operators' interface. fastpeft/_cuda.py refuses a library of another count.
@@ -29,7 +33,10 @@ FASTPEFT_EXPORT const char* fastpeft_cuda_architectures() { return FASTPEFT_ARCH
 
 namespace {
 
+using fastpeft::current_stream;
+using fastpeft::DeviceGuard;
 using fastpeft::Element;
+using fastpeft::processors_of;
 using fastpeft::View;
 using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
@@ -41,50 +48,6 @@ constexpr const char* kWho = "fastpeft_cuda: ";
 
 // Rows are counted in 32 bits, with room for a tile behind the last.
 constexpr int64_t kMostRows = int64_t{1} << 30;
-
-// ---- Device and stream ----
-
-void check(cudaError_t error, const char* what) {
-  STD_TORCH_CHECK(error == cudaSuccess, kWho, what, " failed: ", cudaGetErrorString(error));
-}
-
-// Makes a device the present one for as long as this lives.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (device != previous_) check(cudaSetDevice(device), "cudaSetDevice");
-    changed_ = device != previous_;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int previous_ = 0;
-  bool changed_ = false;
-};
-
-// torch's current stream of a device.
-void* current_stream(int32_t device) {
-  using Get = AOTITorchError (*)(int32_t, void**);
-  static const Get get = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library == nullptr ? nullptr : reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
-  }();
-  STD_TORCH_CHECK(get != nullptr, kWho, "this torch has no CUDA library with aoti_torch_get_current_cuda_stream");
-  void* stream = nullptr;
-  STD_TORCH_CHECK(get(device, &stream) == AOTI_TORCH_SUCCESS, kWho, "torch gave no current stream of device ", device);
-  return stream;
-}
-
-int processors_of(int device) {
-  int count = 0;
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  return count;
-}
 
 // ---- Checks ----
 
@@ -102,13 +65,18 @@ bool equal(IntHeaderOnlyArrayRef a, const Sizes& b) {
   return true;
 }
 
-// Of the shape, on the device and of the dtype of `like`, with rows that start at multiples of 16 bytes.
-void check_tensor(const char* name, const Tensor& t, const Sizes& shape, const Tensor& like, ScalarType dtype) {
+// Of the shape and dtype, on the device of `like`.
+void check_form(const char* name, const Tensor& t, const Sizes& shape, const Tensor& like, ScalarType dtype) {
   STD_TORCH_CHECK(equal(t.sizes(), shape), kWho, name, " has shape ", text(t.sizes()), ", expected ", text(shape));
-  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == like.get_device_index(), kWho, name,
+  STD_TORCH_CHECK(fastpeft::is_on_device(t) && t.get_device_index() == like.get_device_index(), kWho, name,
                   " is not on the GPU of the first argument");
   STD_TORCH_CHECK(t.scalar_type() == dtype, kWho, name, " has another dtype than expected: give all tensors one dtype, ",
                   "bfloat16 or float16 (lse: float32)");
+}
+
+// The same, with rows that are contiguous and start at multiples of 16 bytes.
+void check_tensor(const char* name, const Tensor& t, const Sizes& shape, const Tensor& like, ScalarType dtype) {
+  check_form(name, t, shape, like, dtype);
   const int64_t last = t.dim() - 1;
   STD_TORCH_CHECK(t.size(last) == 1 || t.stride(last) == 1, kWho, "the last dimension of ", name,
                   " is not contiguous: call .contiguous() on it");
@@ -232,27 +200,30 @@ std::tuple<Tensor, Tensor> prompt_attention_forward(const Tensor& q, const Tenso
   return {out, lse};
 }
 
-// Bits of `needs`, which fastpeft/_cuda.py sets.
+// Bits of `needs`, which fastpeft/ops/cuda_attention.py sets.
 enum Need : int64_t { kQ = 1, kK = 2, kV = 4, kPromptK = 8, kPromptV = 16 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prompt_attention_backward(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& prompt_k,
-    const OptionalTensor& prompt_v, const Tensor& out, const Tensor& lse, double scale, bool causal, int64_t needs) {
+    const OptionalTensor& prompt_v, const Tensor& out, const Tensor& lse, double scale, bool causal, int64_t needs,
+    const OptionalTensor& packed) {
   const fastpeft::Attention a = attention(q, k, v, prompt_k, prompt_v, scale, causal);
   const ScalarType dtype = q.scalar_type();
   check_tensor("dout", dout, shape_of(q), q, dtype);
   check_tensor("out", out, shape_of(q), q, dtype);
-  check_tensor("lse", lse, {a.batch, a.heads, a.queries}, q, ScalarType::Float);
+  check_form("lse", lse, {a.batch, a.heads, a.queries}, q, ScalarType::Float);
   STD_TORCH_CHECK(lse.is_contiguous(), kWho, "lse must be contiguous, as the forward pass gave it");
   STD_TORCH_CHECK(!(needs & (kPromptK | kPromptV)) || prompt_k.has_value(), kWho,
                   "gradients of prompts are asked for, and there are no prompts");
 
-  // What nobody needs is an empty tensor; what has no rows needs no work.
+  // What nobody needs is an empty tensor, as is what goes into `packed`; what has no rows needs no work.
   const auto gradient = [&](const Tensor& of, bool needed) {
     return needed ? empty_by_rows(q, shape_of(of), dtype) : empty(q, {0}, dtype);
   };
   const auto target = [](const Tensor& t) { return t.numel() > 0 ? view(t) : View{}; };
-  const Tensor dq = gradient(q, needs & kQ), dk = gradient(k, needs & kK), dv = gradient(v, needs & kV);
+  const bool apart = !packed.has_value();
+  const Tensor dq = gradient(q, apart && needs & kQ), dk = gradient(k, apart && needs & kK);
+  const Tensor dv = gradient(v, apart && needs & kV);
   const Tensor dprompt_k = gradient(prompt_k.value_or(q), needs & kPromptK);
   const Tensor dprompt_v = gradient(prompt_v.value_or(q), needs & kPromptV);
 
@@ -262,6 +233,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prompt_attention_backward(
   g.dout = view(dout), g.out = view(out);
   g.lse = static_cast<const float*>(lse.data_ptr());
   g.dq = target(dq), g.dk = target(dk), g.dv = target(dv);
+  if (!apart) {
+    check_tensor("packed", *packed, {a.batch, a.tokens, 3, a.heads, a.head_dim}, q, dtype);
+    STD_TORCH_CHECK(a.queries == a.tokens && packed->is_contiguous(), kWho,
+                    "packed must be contiguous, and there must be as many queries as tokens");
+    const int64_t row = int64_t{a.heads} * a.head_dim;
+    const auto part = [&](int i, bool needed) {
+      return needed ? View{pointer(*packed) + i * row, 3 * row * a.tokens, a.head_dim, 3 * row} : View{};
+    };
+    g.dq = part(0, needs & kQ), g.dk = part(1, needs & kK), g.dv = part(2, needs & kV);
+  }
   g.dprompt_k = target(dprompt_k), g.dprompt_v = target(dprompt_v);
   g.shared_prompts = prompt_k.has_value() && prompt_k->dim() == 3;
   g.processors = processors_of(device);
@@ -321,7 +302,7 @@ Tensor adapter_forward(const Tensor& x, const Tensor& down_weight, const Optiona
   return y;
 }
 
-// Bits of `needs`, which fastpeft/_cuda.py sets.
+// Bits of `needs`, which fastpeft/ops/cuda_adapter.py sets.
 enum AdapterNeed : int64_t { kX = 1, kWeights = 2 };
 
 std::tuple<Tensor, Tensor, Tensor> adapter_backward(const Tensor& dy, const Tensor& x, const Tensor& down_weight,
@@ -348,14 +329,18 @@ std::tuple<Tensor, Tensor, Tensor> adapter_backward(const Tensor& dy, const Tens
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(fastpeft_cuda, m) {
+// One more level, since STABLE_TORCH_LIBRARY takes its arguments as they are written.
+#define FASTPEFT_DEFINE(library, m) STABLE_TORCH_LIBRARY(library, m)
+#define FASTPEFT_IMPLEMENT(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
+
+FASTPEFT_DEFINE(FASTPEFT_LIBRARY, m) {
   m.def(
       "prompt_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? prompt_k, Tensor? prompt_v, float scale, "
       "bool causal) -> (Tensor out, Tensor lse)");
   m.def(
       "prompt_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? prompt_k, Tensor? prompt_v, "
-      "Tensor out, Tensor lse, float scale, bool causal, int needs) -> (Tensor dq, Tensor dk, Tensor dv, "
-      "Tensor dprompt_k, Tensor dprompt_v)");
+      "Tensor out, Tensor lse, float scale, bool causal, int needs, Tensor(a!)? packed=None) -> (Tensor dq, "
+      "Tensor dk, Tensor dv, Tensor dprompt_k, Tensor dprompt_v)");
   m.def(
       "adapter_forward(Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, "
       "Tensor? residual, int activation, float scale) -> Tensor");
@@ -364,7 +349,7 @@ STABLE_TORCH_LIBRARY(fastpeft_cuda, m) {
       "int activation, float scale, int needs) -> (Tensor dx, Tensor dz, Tensor h)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastpeft_cuda, CUDA, m) {
+FASTPEFT_IMPLEMENT(FASTPEFT_LIBRARY, FASTPEFT_DISPATCH_KEY, m) {
   m.impl("prompt_attention_forward", TORCH_BOX(&prompt_attention_forward));
   m.impl("prompt_attention_backward", TORCH_BOX(&prompt_attention_backward));
   m.impl("adapter_forward", TORCH_BOX(&adapter_forward));

@@ -6,6 +6,7 @@ The kernels' own source runs, thread by thread; emulator.h says what is checked 
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
 from ctypes import c_float, c_int32, c_int64, c_void_p
@@ -53,34 +54,52 @@ class _AdapterCall(ctypes.Structure):
     )
 
 
+def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
+    """Compile the kernels and their operators for the CPU into a library in the folder, all warnings being errors."""
+    torch_folder = Path(torch.__file__).parent
+    include = [f"-I{ROOT / 'tests/cuda'}", f"-I{ROOT / 'csrc/cuda'}", "-isystem", str(torch_folder / "include")]
+    options = ["-std=c++17", "-O1", "-fPIC", "-DFASTPEFT_EMULATE", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    options += [f"-DTORCH_TARGET_VERSION={_torch_target()}", '-DFASTPEFT_ARCHITECTURES="8.0"']
+    command = [compiler(), *options, *flags, *include]
+    sources = [(name, ["-x", "c++", str(ROOT / f"csrc/cuda/{name}.cu")]) for name in KERNELS]
+    sources += [(Path(path).stem, [str(ROOT / path)]) for path in ("csrc/cuda/library.cpp", "tests/cuda/harness.cpp")]
+    running = [
+        subprocess.Popen([*command, "-c", *source, "-o", str(folder / f"{name}.o")], stderr=subprocess.PIPE, text=True)
+        for name, source in sources
+    ]
+    said = [process.communicate()[1] for process in running]
+    assert not any(process.returncode for process in running) and not any(said), "\n".join(said)
+    library, objects = folder / "libemulated.so", [str(folder / f"{name}.o") for name, _ in sources]
+    torch_library = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+    subprocess.run([compiler(), "-shared", *objects, "-o", str(library), *torch_library], check=True)
+    return library
+
+
+def _torch_target() -> str:
+    """The oldest torch that the library is built for, as setup.py has it."""
+    return re.search(r'TORCH_TARGET = "(\w+)"', (ROOT / "setup.py").read_text()).group(1)
+
+
 class Emulator:
     """The compiled kernels.
 
     Attributes:
-        conflicts: rows of matrix loads that shared a bank with another, in all calls so far.
+        operators: `torch.ops.fastpeft_cuda_emulated`, those of csrc/cuda/library.cpp on tensors of the CPU.
+        conflicts: rows of matrix loads that shared a bank with another, in all calls of the methods so far.
     """
 
-    def __init__(self, folder: Path, flags: tuple[str, ...] = ()):
-        include = [f"-I{ROOT / 'tests/cuda'}", f"-I{ROOT / 'csrc/cuda'}"]
-        options = ["-std=c++17", "-O1", "-fPIC", "-DFASTPEFT_EMULATE", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-        command = [compiler(), *options, *flags, *include]
-        sources = [(name, ["-x", "c++", str(ROOT / f"csrc/cuda/{name}.cu")]) for name in KERNELS]
-        sources.append(("harness", [str(ROOT / "tests/cuda/harness.cpp")]))
-        running = [
-            subprocess.Popen([*command, "-c", *source, "-o", str(folder / f"{name}.o")], stderr=subprocess.PIPE, text=True)
-            for name, source in sources
-        ]
-        said = [process.communicate()[1] for process in running]
-        assert not any(process.returncode for process in running) and not any(said), "\n".join(said)
-        library = folder / "libemulated.so"
-        subprocess.run([compiler(), "-shared", *(str(folder / f"{n}.o") for n, _ in sources), "-o", str(library)], check=True)
+    def __init__(self, library: Path):
+        torch.ops.load_library(str(library))
+        self.operators = torch.ops.fastpeft_cuda_emulated
         self._library = ctypes.CDLL(str(library))
         self._library.emulate_message.restype = ctypes.c_char_p
         self._library.emulate_attention_workspace.restype = c_int64
         self._library.emulate_conflicts.restype = c_int64
         self.conflicts = 0
 
-    def _run(self, function: str, call: ctypes.Structure, tensors: dict[str, Tensor], outputs: tuple[str, ...], seed: int):
+    def _run(
+        self, function: str, call: ctypes.Structure, tensors: dict[str, Tensor], outputs: tuple[str, ...], seed: int
+    ):
         library = self._library
         library.emulate_forget()
         library.emulate_seed(ctypes.c_uint64(seed))
@@ -96,13 +115,21 @@ class Emulator:
             raise RuntimeError(library.emulate_message().decode())
 
     def attention_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, scale: float, causal: bool, seed: int = 0
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prompt_k: Tensor,
+        prompt_v: Tensor,
+        scale: float,
+        causal: bool,
+        seed: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """(out, lse) of prompt_attention_forward; tensors without rows for no prompts."""
         batch, heads, queries, dim = q.shape
         out = _poisoned(q.dtype, batch, queries, heads, dim).transpose(1, 2)
         lse = _poisoned(torch.float32, batch, heads, queries)
-        tensors = dict(q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v, out=out)
+        tensors = {"q": q, "k": k, "v": v, "prompt_k": prompt_k, "prompt_v": prompt_v, "out": out}
         call = _attention_call(tensors, scale, causal)
         call.lse = lse.data_ptr()
         self._run("emulate_attention_forward", call, {**tensors, "lse": lse}, ("out", "lse"), seed)
@@ -125,7 +152,7 @@ class Emulator:
         seed: int = 0,
     ) -> list[Tensor | None]:
         """Gradients of q, k, v, prompt_k, prompt_v, or None where not needed."""
-        inputs = dict(q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v, out=out, dout=dout)
+        inputs = {"q": q, "k": k, "v": v, "prompt_k": prompt_k, "prompt_v": prompt_v, "out": out, "dout": dout}
         gradients = {}
         for name, need in zip(("q", "k", "v", "prompt_k", "prompt_v"), needs, strict=True):
             if need:
@@ -155,7 +182,15 @@ class Emulator:
     ) -> Tensor:
         """Y of adapter_forward."""
         y = _poisoned(x.dtype, *x.shape)
-        tensors = dict(x=x, down=down, down_bias=down_bias, up=up, up_bias=up_bias, residual=residual, y=y)
+        tensors = {
+            "x": x,
+            "down": down,
+            "down_bias": down_bias,
+            "up": up,
+            "up_bias": up_bias,
+            "residual": residual,
+            "y": y,
+        }
         self._adapter("emulate_adapter_forward", tensors, ("y",), activation, scale, seed)
         return y
 
@@ -175,11 +210,23 @@ class Emulator:
         """(dx, dz, h) of adapter_backward; needs: dx, and dz with h."""
         dx = _poisoned(x.dtype, *x.shape) if needs[0] else None
         dz, h = (_poisoned(x.dtype, x.shape[0], down.shape[0]) if needs[1] else None for _ in range(2))
-        tensors = dict(x=x, down=down, down_bias=down_bias, up=up, residual=add, dy=dy, dx=dx, dz=dz, h=h)
+        tensors = {
+            "x": x,
+            "down": down,
+            "down_bias": down_bias,
+            "up": up,
+            "residual": add,
+            "dy": dy,
+            "dx": dx,
+            "dz": dz,
+            "h": h,
+        }
         self._adapter("emulate_adapter_backward", tensors, ("dx", "dz", "h"), activation, scale, seed)
         return dx, dz, h
 
-    def _adapter(self, function: str, tensors: dict, outputs: tuple[str, ...], activation: int, scale: float, seed: int):
+    def _adapter(
+        self, function: str, tensors: dict, outputs: tuple[str, ...], activation: int, scale: float, seed: int
+    ):
         tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         x, down = tensors["x"], tensors["down"]
         call = _AdapterCall(ELEMENTS[x.dtype], x.shape[1], down.shape[0], activation, scale, x.shape[0])
@@ -193,7 +240,9 @@ def _poisoned(dtype: torch.dtype, *shape: int) -> Tensor:
 
 def _fill(call: ctypes.Structure, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        strides = (0,) * (4 - tensor.dim()) + tuple(tensor.stride())[:-1] if tensor.dim() > 2 else (tensor.stride(0), 0, 0)
+        strides = (
+            (0,) * (4 - tensor.dim()) + tuple(tensor.stride())[:-1] if tensor.dim() > 2 else (tensor.stride(0), 0, 0)
+        )
         setattr(call, name, _Tensor(tensor.data_ptr(), (c_int64 * 3)(*strides)))
 
 
