@@ -54,25 +54,26 @@ class _AdapterCall(ctypes.Structure):
     )
 
 
-def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
+def build(folder: Path, source: Path = ROOT / "csrc/cuda") -> Path:
     """Compile the kernels and their operators for the CPU into a library in the folder, all warnings being errors."""
     torch_folder = Path(torch.__file__).parent
-    include = [f"-I{ROOT / 'tests/cuda'}", f"-I{ROOT / 'csrc/cuda'}", "-isystem", str(torch_folder / "include")]
+    include = [f"-I{ROOT / 'tests/cuda'}", f"-I{source}", "-isystem", str(torch_folder / "include")]
     options = ["-std=c++17", "-O1", "-fPIC", "-DFASTPEFT_EMULATE", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
     options += [f"-DTORCH_TARGET_VERSION={_torch_target()}", '-DFASTPEFT_ARCHITECTURES="8.0"']
-    command = [compiler(), *options, *flags, *include]
-    sources = [(name, ["-x", "c++", str(ROOT / f"csrc/cuda/{name}.cu")]) for name in KERNELS]
-    sources += [(Path(path).stem, [str(ROOT / path)]) for path in ("csrc/cuda/library.cpp", "tests/cuda/harness.cpp")]
+    command = [compiler(), *options, *include]
+    sources = [(name, ["-x", "c++", str(source / f"{name}.cu")]) for name in KERNELS]
+    sources += [(path.stem, [str(path)]) for path in (source / "library.cpp", ROOT / "tests/cuda/harness.cpp")]
     running = [
-        subprocess.Popen([*command, "-c", *source, "-o", str(folder / f"{name}.o")], stderr=subprocess.PIPE, text=True)
-        for name, source in sources
+        subprocess.Popen([*command, "-c", *inputs, "-o", str(folder / f"{name}.o")], stderr=subprocess.PIPE, text=True)
+        for name, inputs in sources
     ]
     said = [process.communicate()[1] for process in running]
     assert not any(process.returncode for process in running) and not any(said), "\n".join(said)
     library, objects = folder / "libemulated.so", [str(folder / f"{name}.o") for name, _ in sources]
     torch_library = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
-    subprocess.run([compiler(), "-shared", *objects, "-o", str(library), *torch_library], check=True)
-    return library
+    unfinished = library.with_suffix(".part")
+    subprocess.run([compiler(), "-shared", *objects, "-o", str(unfinished), *torch_library], check=True)
+    return unfinished.rename(library)
 
 
 def _torch_target() -> str:
