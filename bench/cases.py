@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -86,10 +86,10 @@ def has_peft(method: Any) -> bool:
 
 
 def batch(
-    count: int, image_size: int, classes: int, dtype: torch.dtype, device: torch.device | str
+    count: int, image_size: int, classes: int, dtype: torch.dtype, device: torch.device | str, seed: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Return random images and labels of a batch, drawn from a fixed seed; each image has colours of its own."""
-    generator = torch.Generator().manual_seed(1)
+    """Return random images and labels of a batch, drawn from a seed; each image has colours of its own."""
+    generator = torch.Generator().manual_seed(seed)
     images = torch.randn(count, 3, image_size, image_size, generator=generator)
     # Noise alone looks alike to a network: batch normalisation would then divide by next to nothing.
     images += 2 * torch.randn(count, 3, 1, 1, generator=generator)
@@ -97,28 +97,41 @@ def batch(
     return images.to(device, dtype), labels.to(device)
 
 
-def training_step(model: nn.Module, images: Tensor, labels: Tensor, *, compiled: bool = False) -> Callable[[], Tensor]:
-    """Return a callable that runs one training step: forward, cross-entropy, backward, AdamW, gradients freed.
+class TrainingStep:
+    """One training step after another: forward, cross-entropy, backward, AdamW, gradients freed.
 
-    Args:
-        model: Any variant; put into training mode.
-        images: A batch on the model's device, of its type.
-        labels: Class numbers.
-        compiled: Run the model through torch.compile.
+    Attributes:
+        model: in training mode.
+        optimizer: over its trained parameters.
+        images, labels: the batch.
+        compiled: whether torch.compile runs the model.
     """
-    model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    forward = torch.compile(model) if compiled else model
 
-    def step() -> Tensor:
-        loss = F.cross_entropy(forward(images).float(), labels)
+    def __init__(
+        self, model: nn.Module, images: Tensor, labels: Tensor, *, compile_options: Mapping[str, Any] | None = None
+    ) -> None:
+        """Prepare a step.
+
+        Args:
+            model: Any variant; put into training mode.
+            images: A batch on the model's device, of its type.
+            labels: Class numbers.
+            compile_options: Of torch.compile; the model is not compiled if None.
+        """
+        self.model = model.train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+        self.images, self.labels = images, labels
+        self.compiled = compile_options is not None
+        self._forward = model if compile_options is None else torch.compile(model, **compile_options)
+
+    def __call__(self) -> Tensor:
+        """Take a step; returns the loss before it."""
+        loss = F.cross_entropy(self._forward(self.images).float(), self.labels)
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
-
-    return step
 
 
 def token_rows(model: nn.Module, images: int) -> int:

@@ -41,6 +41,7 @@ def compare(
     dtype: torch.dtype = torch.float32,
     training: bool = True,
     patched: nn.Module | None = None,
+    seed: int = 0,
 ) -> list[Deviation]:
     """Compare one fused forward and backward pass with the literal one.
 
@@ -54,11 +55,12 @@ def compare(
         dtype: Type in which the fused and the literal step run; the reference runs in float64.
         training: Training or evaluation mode.
         patched: The fused model, if it was made otherwise than by `fastpeft.patch(model, method)`.
+        seed: Of what the method's tensors and the head are stirred with.
     """
     fused = patched if patched is not None else build("fused", method, copy.deepcopy(model).to(dtype))
     if dtype == torch.float64:
         fused.double()  # a method's tensors start in float32
-    randomise(fused)
+    randomise(fused, seed)
     state = fused.state_dict()
     masks = engine_masks(fused)
     results = {"fused": _pass(fused.train(training), images.to(dtype), labels)}

@@ -49,7 +49,13 @@ class Record:
 
     def done(self, part: str, key: str) -> bool:
         """Tell whether a row is there and needs no second try."""
-        return key in self.rows(part) and "error" not in self.rows(part)[key]
+        row = self.rows(part).get(key)
+        return row is not None and not {"error", "unavailable"} & row.keys()
+
+    @property
+    def parts(self) -> dict[str, dict[str, dict]]:
+        """All rows, by part and key."""
+        return self._data["parts"]
 
     def add(self, part: str, key: str, row: Mapping[str, object]) -> None:
         """Add or replace a row, noting the run it is from."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.cases import METHODS, batch, build, create_model, has_peft, token_rows, training_step
+from bench.cases import METHODS, TrainingStep, batch, build, create_model, has_peft, token_rows
 from bench.memory import saved_bytes
 from bench.timing import floor, interleave
 
@@ -36,7 +36,7 @@ def test_training_step(benchmark, device, plain, name, variant):
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = build(variant, METHODS[name](), plain.to(device, dtype))
     images, labels = batch(_BATCH, _SIZE, _CLASSES, dtype, device)
-    step = training_step(model, images, labels)
+    step = TrainingStep(model, images, labels)
     kept = saved_bytes(lambda: model(images), model)
     backbone = build("literal", METHODS[name](), plain)
     products = interleave({"floor": floor(backbone, token_rows(backbone, _BATCH))}, device=device, turns=3)["floor"]

@@ -23,7 +23,18 @@ from torch import nn
 
 Step = Callable[[], object]
 
-_PACKAGES = ("torch", "timm", "transformers", "peft", "triton", "deepspeed", "numpy")
+_PACKAGES = (
+    "torch",
+    "timm",
+    "transformers",
+    "peft",
+    "triton",
+    "deepspeed",
+    "numpy",
+    "xformers",
+    "liger-kernel",
+    "nvidia-cudnn-cu13",
+)
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,10 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+# Products of a linear layer: its weight, and whether the input's and the weight's gradients are computed.
+_Product = tuple[torch.Tensor, bool, bool]
+
+
 def floor(model: nn.Module, rows: int, dtype: torch.dtype | None = None) -> Step:
     """Return a step that runs only the unavoidable matrix products of a training step of a vision transformer.
 
@@ -114,17 +129,7 @@ def floor(model: nn.Module, rows: int, dtype: torch.dtype | None = None) -> Step
         rows: Token rows of a batch, images times tokens of an image (prompts not counted).
         dtype: Type of the products, where autocast makes it another than the weights'.
     """
-    products: list[tuple[torch.Tensor, bool, bool]] = []
-    later = ("blocks.", "norm.", "fc_norm.", "attn_pool.", "head")
-    gradient = any(p.requires_grad for name, p in model.named_parameters() if not name.startswith(later))
-    for block in model.blocks:
-        gradient = gradient or any(p.requires_grad for p in block.parameters())
-        for part in (block.attn, block.mlp):
-            for module in part.modules():
-                if isinstance(module, nn.Linear):
-                    weight = module.weight
-                    products.append((weight.detach().to(dtype or weight.dtype), gradient, weight.requires_grad))
-
+    products = [(weight.detach().to(dtype or weight.dtype), *needed) for weight, *needed in _products(model)]
     buffers: dict[int, torch.Tensor] = {}
     for weight, _, _ in products:
         for width in weight.shape:
@@ -141,6 +146,24 @@ def floor(model: nn.Module, rows: int, dtype: torch.dtype | None = None) -> Step
                 buffers[weight.shape[0]] @ weight
 
     return torch.no_grad()(step)
+
+
+def floor_operations(model: nn.Module, rows: int) -> int:
+    """Return the floating-point operations of `floor`."""
+    return sum(2 * rows * weight.numel() * (1 + sum(needed)) for weight, *needed in _products(model))
+
+
+def _products(model: nn.Module) -> list[_Product]:
+    products = []
+    later = ("blocks.", "norm.", "fc_norm.", "attn_pool.", "head")
+    gradient = any(p.requires_grad for name, p in model.named_parameters() if not name.startswith(later))
+    for block in model.blocks:
+        gradient = gradient or any(p.requires_grad for p in block.parameters())
+        for part in (block.attn, block.mlp):
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    products.append((module.weight, gradient, module.weight.requires_grad))
+    return products
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, object]:

@@ -1,0 +1,118 @@
+"""Steps that take turns, each with its memory, beside the unavoidable products and the chip's ceilings.
+
+`total_bytes` is what the allocator holds at most during a step: weights, optimizer state and all that the step needs;
+`peak_bytes` is that without weights and state. A recorded or compiled step keeps memory of its own that these figures
+do not see, so `reserved_bytes`, what the allocator has taken from the device for a variant, is there for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from bench.cases import TrainingStep, token_rows
+from bench.device_parts.ceilings import measure
+from bench.device_parts.models import GraphedStep, Inference, Prepared, other, resident_bytes
+from bench.device_parts.rows import collect, describe, outcome
+from bench.device_parts.settings import DTYPES, Settings, Shape
+from bench.memory import cuda_peak, saved_bytes
+from bench.timing import Step, Timing, floor, floor_operations, interleave
+
+# A recorded step is one from its fifth call on; what is compiled is fast from its third on.
+_WARM_UP = 5
+
+
+def row(settings: Settings, shape: Shape, method: str | None, prepared: Prepared, seconds: float) -> dict[str, object]:
+    """Time steps in turns; one that fails or cannot be had has its reason instead.
+
+    Args:
+        settings: of the run.
+        shape: of model and batch.
+        method: whose unavoidable products are timed as well; None for none.
+        prepared: names, and what prepares each.
+        seconds: after which no further round starts.
+    """
+    ceilings = measure(settings.device, DTYPES[settings.dtype], settings.tiny)
+    steps: dict[str, Step] = {}
+    variants: dict[str, dict] = {}
+    operations = 0
+    if method is not None:
+        literal = other(settings, shape, method, "literal")
+        count = token_rows(literal, shape.batch)
+        steps["floor"], operations = floor(literal, count), floor_operations(literal, count)
+    for name, prepare in prepared:
+        variants[name] = outcome(lambda name=name, prepare=prepare: _ready(settings, name, prepare, steps), trace=True)
+        collect()
+    timings = interleave(steps, device=settings.device, turns=settings.turns, warmup=1, budget=seconds)
+    found: dict[str, object] = {"batch": shape.batch, "ceilings": ceilings.to_dict(), "variants": variants}
+    bottom = timings.pop("floor", None)
+    if bottom is not None:
+        found["floor"] = bottom.to_dict() | _rate(operations, bottom, ceilings.gemm_tflops)
+    for name, timing in timings.items():
+        variants[name] |= timing.to_dict()
+        if bottom is not None:
+            variants[name] |= {"fraction_of_floor": bottom.median / timing.median}
+            variants[name] |= _rate(operations, timing, ceilings.gemm_tflops)
+    return found
+
+
+def _rate(operations: int, timing: Timing, ceiling: float) -> dict[str, float]:
+    """Rate of the unavoidable products in a step; attention's, prompts' and factors' are not counted."""
+    tflops = operations / timing.median / 1e12
+    return {"tflops": tflops, "of_gemm_ceiling": tflops / ceiling}
+
+
+def _ready(
+    settings: Settings, name: str, prepare: Callable[[], TrainingStep | Inference], steps: dict[str, Step]
+) -> dict[str, object]:
+    """Prepare a step and bring it up to speed; its memory."""
+    before = torch.cuda.memory_reserved(settings.device) if settings.cuda else 0
+    step = prepare()
+    for _ in range(_WARM_UP):
+        step()
+    found = _memory(settings, step, before)
+    steps[name] = step
+    return found
+
+
+def _memory(settings: Settings, step: TrainingStep | Inference, reserved_before: int) -> dict[str, object]:
+    found: dict[str, object] = {"resident_bytes": resident_bytes(step)}
+    eager = not isinstance(step, GraphedStep) and not step.compiled
+    if eager and isinstance(step, TrainingStep):
+        found["saved_bytes"] = saved_bytes(lambda: step.model(step.images), step.model)
+    if settings.cuda:
+        # What earlier steps left in the allocator would hide a part of this one's need.
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(settings.device)
+        step()
+        torch.cuda.synchronize(settings.device)
+        found["reserved_bytes"] = torch.cuda.max_memory_reserved(settings.device) - reserved_before
+        if eager:
+            found["peak_bytes"] = cuda_peak(step, settings.device)
+            found["total_bytes"] = found["peak_bytes"] + found["resident_bytes"]
+    return found
+
+
+def lines(key: str, row: dict) -> list[str]:
+    """A row of results, one line a variant."""
+    if "variants" not in row:
+        return [f"{key}: {describe(row)}"]
+    found = [key]
+    if "floor" in row:
+        bottom = row["floor"]
+        found.append(f"  {'unavoidable products':<26} {bottom['median_ms']:9.2f} ms  {bottom['of_gemm_ceiling']:.2f}")
+    for name, variant in row["variants"].items():
+        if "median_ms" not in variant:
+            found.append(f"  {name:<26} {describe(variant)}")
+            continue
+        line = f"  {name:<26} {variant['median_ms']:9.2f} ms"
+        if "of_gemm_ceiling" in variant:
+            line += (
+                f"  {variant['of_gemm_ceiling']:.2f} of products' ceiling, {variant['fraction_of_floor']:.2f} of floor"
+            )
+        for what in ("total", "reserved", "saved"):
+            if f"{what}_bytes" in variant:
+                line += f", {what} {variant[f'{what}_bytes'] / 2**20:.0f} MiB"
+        found.append(line)
+    return found
