@@ -8,10 +8,10 @@ The CUDA kernels are built only where they are asked for, and then they must bui
 
     FASTPEFT_CUDA=1 pip install --no-build-isolation -e .
 
-That needs nvcc (in $CUDA_HOME/bin, on the path or in /usr/local/cuda/bin) and no GPU. FASTPEFT_CUDA_ARCHS are the
-compute capabilities to compile for, "8.0;9.0a;10.0" if not set, and PTX for the last of them that names no single chip.
-One library serves every Python, and every torch from 2.11 on, whichever of its builds is installed here. MAX_JOBS limits
-how many files are compiled at once.
+That needs nvcc (in $CUDA_HOME/bin, from the extra `cuda-build`, on the path or in /usr/local/cuda/bin) and no GPU.
+FASTPEFT_CUDA_ARCHS are the compute capabilities to compile for, "8.0;9.0a;10.0" if not set, and PTX for the last of
+them that names no single chip. One library serves every Python, and every torch from 2.11 on, whichever of its builds
+is installed here. MAX_JOBS limits how many files are compiled at once.
 """
 
 from __future__ import annotations
@@ -81,10 +81,14 @@ def wants_cuda() -> bool:
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler: $CUDA_HOME's if set, else the first of the path and the usual folder."""
+    """The CUDA compiler: $CUDA_HOME's if set, else that of this environment's wheels, the path or the usual folder."""
     if os.environ.get("CUDA_HOME"):
         return shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin")
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    package = importlib.util.find_spec("nvidia")
+    roots = [] if package is None else package.submodule_search_locations
+    wheels = os.pathsep.join(str(folder) for root in roots for folder in Path(root).glob("cu*/bin"))
+    found = shutil.which("nvcc", path=wheels) if wheels else None
+    return found or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 def cuda_obstacle() -> str | None:
@@ -98,7 +102,7 @@ def cuda_obstacle() -> str | None:
     if find_compiler() is None:
         return "no C++ compiler was found: install g++, or set CXX"
     if find_nvcc() is None:
-        return "nvcc was not found: install the CUDA toolkit, or set CUDA_HOME"
+        return "nvcc was not found: pip install 'fastpeft[cuda-build]', or install the CUDA toolkit, or set CUDA_HOME"
     return None
 
 
@@ -174,11 +178,14 @@ class NativeBuild(build_ext):
     def _compile_cuda(self, ext: Extension) -> None:
         torch = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
         architectures = cuda_architectures()
-        options = ",".join(flag for flag in COMPILE_FLAGS if flag.startswith("-f"))
+        nvcc = find_nvcc()
+        options = "-fPIC,-fvisibility=hidden"
         # The CUDA runtime is linked in and not shown to others, so that it need not be the one that torch brings.
         hidden = "-Xlinker --exclude-libs=ALL -Xlinker -Bsymbolic"
+        # nvcc itself looks in lib64, which the wheels do not have.
+        runtime = Path(nvcc).resolve().parent.parent / "lib"
         lines = [
-            f"nvcc = {find_nvcc()} -ccbin {find_compiler()}",
+            f"nvcc = {nvcc} -ccbin {find_compiler()}",
             f"flags = -std=c++17 -O3 -Xcompiler {options}",
             f"torch = -isystem {torch / 'include'} -DTORCH_TARGET_VERSION={TORCH_TARGET}",
             "rule compile",
@@ -191,7 +198,8 @@ class NativeBuild(build_ext):
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
-            f"  command = $nvcc -shared -cudart static {hidden} $in -o $out -L{torch / 'lib'} -ltorch_cpu -ldl",
+            f"  command = $nvcc -shared -cudart static {hidden} $in -o $out -L{runtime} -L{torch / 'lib'} "
+            "-ltorch_cpu -ldl",
         ]
         rules = {source: "compile_cuda" if source.endswith(".cu") else "compile" for source in ext.sources}
         self._ninja(ext, lines, rules)

@@ -1,6 +1,6 @@
 """What fastpeft finds on this machine: `python -m fastpeft.info`.
 
-Versions, devices, the CPU's instruction sets, the native library and the optional packages, in the form a bug report
+Versions, devices, the CPU's instruction sets, the native libraries and the optional packages, in the form a bug report
 needs. Only looks: no model is built and no GPU memory is taken.
 """
 
@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from fastpeft import _native
+from fastpeft import _cuda, _native
 from fastpeft.ops.choose import chip_of, table
 
 # Package -> what fastpeft uses it for.
@@ -64,7 +64,7 @@ def describe() -> dict[str, dict[str, str]]:
     return {
         "versions": versions,
         "cpu": cpu,
-        "devices": _devices(),
+        "devices": {**_devices(), "CUDA kernels": _cuda.status()},
         "operators": _operators(),
         "optional packages": {
             name: f"{version_of(name) or 'missing'}  ({purpose})" for name, purpose in OPTIONAL_PACKAGES.items()

@@ -25,6 +25,7 @@ from types import ModuleType
 
 import torch
 
+from fastpeft import _cuda
 from fastpeft.errors import FastPEFTError
 from fastpeft.ops.proven import PROVEN
 
@@ -38,6 +39,8 @@ _MODULES: dict[tuple[str, str], str] = {
     ("lora_linear", "triton"): "fastpeft.kernels.lora_linear",
     ("adapter", "triton"): "fastpeft.kernels.adapter",
     ("mlp", "triton"): "fastpeft.kernels.mlp",
+    ("prompt_attention", "cuda"): "fastpeft.ops.cuda_attention",
+    ("adapter", "cuda"): "fastpeft.ops.cuda_adapter",
     ("prompt_attention", "xformers"): "fastpeft.ops.xformers_attention",
 }
 _PACKAGES = {"triton": "triton", "xformers": "xformers"}
@@ -139,7 +142,7 @@ def unavailable(operator: str, backend: str, chip: Chip) -> str | None:
         return f"needs an NVIDIA GPU, the tensors are on {chip.kind}"
     if chip.capability < _CAPABILITY[backend]:
         return f"needs compute capability {_CAPABILITY[backend] / 10:.1f}, the GPU has {chip.capability / 10:.1f}"
-    return None
+    return _cuda.unavailable(chip.capability) if backend == "cuda" else None
 
 
 def is_reference(operator: str, wish: str) -> bool:

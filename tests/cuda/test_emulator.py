@@ -17,7 +17,7 @@ RUN = """
 import sys, torch
 from pathlib import Path
 from tests.cuda.emulation import Emulator
-q = torch.randn(1, 1, 70, 64).bfloat16()
+q = torch.randn(1, 1, 70, 80).bfloat16()
 try:
     Emulator(Path(sys.argv[1])).attention_forward(q, q, q, q[0, :, :3], q[0, :, :3], 0.125, False)
 except RuntimeError as error:

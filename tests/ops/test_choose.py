@@ -21,6 +21,7 @@ def installed(monkeypatch):
     choose.unavailable.cache_clear()
     choose.say_once.cache_clear()
     monkeypatch.setattr(choose.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(choose._cuda, "unavailable", lambda capability: None)
     modules = {}
 
     def module(operator, backend):
@@ -82,6 +83,30 @@ def test_chips_without_the_instructions(installed):
     assert "needs an NVIDIA GPU, the tensors are on cpu" in unavailable("mlp", "triton", Chip("cpu"))
     assert unavailable("mlp", "triton", Chip("cpu", interpreted=True)) is None
     assert "no xformers implementation of mlp" in unavailable("mlp", "xformers", H100)
+
+
+def test_cuda_kernels_where_they_are_built(installed, monkeypatch):
+    assert pick("cuda", H100) == pick("cuda", A100, "adapter") == "cuda"
+    for chip, words in ((T4, r"needs compute capability 8\.0, the GPU has 7\.5"), (Chip("cpu"), "needs an NVIDIA GPU")):
+        with pytest.raises(BackendError, match=f"cuda was asked for .*cuda: {words}"):
+            pick("cuda", chip)
+    assert unavailable("mlp", "cuda", H100) == "there is no cuda implementation of mlp"
+    found = asked("cuda", {})
+    assert {name for name, wish in found.items() if wish == "cuda"} == {"prompt_attention", "adapter"}
+    monkeypatch.setitem(choose.PROVEN, ("adapter", "cuda", 90), ("cuda", "triton"))
+    assert pick("auto", H100, "adapter") == "cuda" and pick("auto", A100, "adapter") is None
+    installed("adapter", "cuda").reasons = lambda: ["there are 200 hidden units, not 1 to 128"]
+    assert pick("auto", H100, "adapter") == "triton"
+
+
+def test_cuda_kernels_that_are_not_built(installed, monkeypatch, caplog):
+    monkeypatch.setattr(choose._cuda, "unavailable", lambda capability: "its library is not built")
+    monkeypatch.setitem(choose.PROVEN, ("adapter", "cuda", 90), ("cuda", "triton"))
+    with caplog.at_level(logging.INFO, logger="fastpeft"):
+        assert pick("auto", H100, "adapter") == "triton"
+    assert "cuda cannot: its library is not built" in caplog.text
+    with pytest.raises(BackendError, match=r"cuda: its library is not built; .*reference always can"):
+        pick("cuda", H100)
 
 
 def test_missing_packages_are_named(monkeypatch):
