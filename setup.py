@@ -8,10 +8,10 @@ The CUDA kernels are built only where they are asked for, and then they must bui
 
     FASTPEFT_CUDA=1 pip install --no-build-isolation -e .
 
-That needs nvcc (in $CUDA_HOME/bin, from the extra `cuda-build`, on the path or in /usr/local/cuda/bin) and no GPU.
-FASTPEFT_CUDA_ARCHS are the compute capabilities to compile for, "8.0;9.0a;10.0" if not set, and PTX for the last of
-them that names no single chip. One library serves every Python, and every torch from 2.11 on, whichever of its builds
-is installed here. MAX_JOBS limits how many files are compiled at once.
+That needs nvcc (in $CUDA_HOME/bin, from the wheels of csrc/cuda/requirements.txt, on the path or in
+/usr/local/cuda/bin) and no GPU. FASTPEFT_CUDA_ARCHS are the compute capabilities to compile for, "8.0;9.0a;10.0" if not
+set, and PTX for the last of them that names no single chip. One library serves every Python, and every torch from 2.11
+on, whichever of its builds is installed here. MAX_JOBS limits how many files are compiled at once.
 """
 
 from __future__ import annotations
@@ -29,15 +29,23 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp"))
-HEADERS = sorted(str(path) for path in ROOT.glob("csrc/cpu/*.h"))
+SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/**/*.cpp"))
+HEADERS = sorted(str(path) for path in ROOT.glob("csrc/cpu/**/*.h"))
 CUDA_SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.c*") if path.suffix != ".cuh")
 CUDA_HEADERS = sorted(str(path) for path in [*ROOT.glob("csrc/cuda/*.cuh"), *ROOT.glob("csrc/cuda/*.h")])
 CUDA_EXTENSION = "fastpeft.libfastpeft_cuda"
 CUDA_ARCHS = "8.0;9.0a;10.0"
 # A plain shared library, opened with ctypes: it needs no Python headers and serves every Python version. No -march:
 # what a file may use beyond the baseline is chosen when it runs, so that one build serves every CPU.
-COMPILE_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+COMPILE_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+
+# Files of csrc/cpu/FOLDER are compiled once for each of these instruction sets, where the compiler knows it; they export
+# their functions with the name of the set behind, and fastpeft/_native.py picks by what the CPU has.
+_AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+LEVEL_FLAGS = {
+    "vector": {"none": [], "avx2": ["-mavx2", "-mfma"], "avx512": _AVX512},
+    "amx": {"amx": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]},
+}
 
 # The oldest torch that the library shall load under, as its stable ABI counts: 2.11.
 TORCH_TARGET = "0x020b000000000000"
@@ -58,6 +66,12 @@ def find_compiler() -> str | None:
     """The C++ compiler: $CXX if set, else the first usual name found."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     return next((path for path in map(shutil.which, names) if path), None)
+
+
+def understands(compiler: str, flags: list[str]) -> bool:
+    """Whether the compiler makes code for this machine with these options."""
+    command = [compiler, "-Werror", *flags, "-x", "c++", "-c", os.devnull, "-o", os.devnull]
+    return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
 
 
 def obstacle() -> str | None:
@@ -102,7 +116,7 @@ def cuda_obstacle() -> str | None:
     if find_compiler() is None:
         return "no C++ compiler was found: install g++, or set CXX"
     if find_nvcc() is None:
-        return "nvcc was not found: pip install 'fastpeft[cuda-build]', or install the CUDA toolkit, or set CUDA_HOME"
+        return "nvcc was not found: install the CUDA toolkit or csrc/cuda/requirements.txt, or set CUDA_HOME"
     return None
 
 
@@ -153,17 +167,28 @@ class NativeBuild(build_ext):
             print(f"warning: fastpeft is installed without its native library: {reason}", file=sys.stderr)
 
     def _compile(self, ext: Extension) -> None:
+        compiler = find_compiler()
         lines = [
-            f"cxx = {find_compiler()}",
+            f"cxx = {compiler}",
             f"flags = {' '.join(COMPILE_FLAGS)} {os.environ.get('CXXFLAGS', '')}",
+            "level =",
             "rule compile",
-            "  command = $cxx $flags -MMD -MF $out.d -c $in -o $out",
+            "  command = $cxx $flags $level -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
-            f"  command = $cxx -shared $in -o $out {os.environ.get('LDFLAGS', '')}",
+            f"  command = $cxx -shared -fopenmp $in -o $out {os.environ.get('LDFLAGS', '')}",
         ]
-        self._ninja(ext, lines, dict.fromkeys(ext.sources, "compile"), stdout=subprocess.PIPE)
+        steps = []
+        for source in ext.sources:
+            levels = LEVEL_FLAGS.get(Path(source).parent.name)
+            if levels is None:
+                steps.append((source, "compile", ""))
+                continue
+            for level, flags in levels.items():
+                if understands(compiler, flags):
+                    steps.append((source, "compile", f"-DFASTPEFT_LEVEL={level} {' '.join(flags)}"))
+        self._ninja(ext, lines, steps, stdout=subprocess.PIPE)
 
     def _build_cuda(self, ext: Extension) -> None:
         reason = cuda_obstacle()
@@ -201,18 +226,22 @@ class NativeBuild(build_ext):
             f"  command = $nvcc -shared -cudart static {hidden} $in -o $out -L{runtime} -L{torch / 'lib'} "
             "-ltorch_cpu -ldl",
         ]
-        rules = {source: "compile_cuda" if source.endswith(".cu") else "compile" for source in ext.sources}
-        self._ninja(ext, lines, rules)
+        steps = [(source, "compile_cuda" if source.endswith(".cu") else "compile", "") for source in ext.sources]
+        self._ninja(ext, lines, steps)
 
-    def _ninja(self, ext: Extension, lines: list[str], rules: dict[str, str], stdout: int | None = None) -> None:
-        """Compile each source by its rule, then link all of them by the rule of that name."""
+    def _ninja(
+        self, ext: Extension, lines: list[str], steps: list[tuple[str, str, str]], stdout: int | None = None
+    ) -> None:
+        """Compile each source by its rule and with its own options, then link all of them by the rule of that name."""
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         library.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(self.build_temp).resolve() / ext.name
         folder.mkdir(parents=True, exist_ok=True)
-        objects = [f"{Path(source).stem}.o" for source in rules]
-        for (source, rule), obj in zip(rules.items(), objects, strict=True):
+        objects = [f"{index}_{Path(source).stem}.o" for index, (source, _, _) in enumerate(steps)]
+        for (source, rule, options), obj in zip(steps, objects, strict=True):
             lines.append(f"build {obj}: {rule} {_escape(ROOT / source)}")
+            if options:
+                lines.append(f"  level = {options}")
         lines.append(f"build {_escape(library)}: link {' '.join(objects)}")
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
         jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import platform
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 LIBRARY = Path(__file__).with_name("libfastpeft_cpu.so")
 # Of the interface in csrc/cpu/features.cpp, which also fixes the order of the names.
-INTERFACE = 1
+INTERFACE = 2
 FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16")
 
 
@@ -61,6 +63,46 @@ def cpu_features() -> frozenset[str]:
         bits = native.fastpeft_cpu_features()
         return frozenset(name for position, name in enumerate(FEATURES) if bits >> position & 1)
     return _listed_features(Path("/proc/cpuinfo"))
+
+
+# Instruction sets that the native operators are written for, each with what it needs of `FEATURES`.
+LEVELS = {
+    "none": frozenset(),
+    "avx2": frozenset({"avx2", "fma"}),
+    "avx512": frozenset({"avx2", "fma", "avx512f", "avx512bw", "avx512vl"}),
+    "amx": frozenset({"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16"}),
+}
+LEVEL_VARIABLE = "FASTPEFT_CPU_LEVEL"
+
+
+@functools.cache
+def cpu_level() -> str:
+    """The highest of `LEVELS` that this process may use; the environment variable FASTPEFT_CPU_LEVEL can lower it.
+
+    Raises:
+        ValueError: the variable names no level, or one that the CPU does not have.
+    """
+    possible = [name for name, needs in LEVELS.items() if needs <= cpu_features() and (name != "amx" or request_amx())]
+    wish = os.environ.get(LEVEL_VARIABLE)
+    if not wish:
+        return possible[-1]
+    if wish not in possible:
+        raise ValueError(f"{LEVEL_VARIABLE}={wish}: this CPU runs {', '.join(possible)}")
+    return wish
+
+
+def function(name: str, *arguments: type) -> Callable[..., int]:
+    """A function of the native library that takes these ctypes and returns an int32, 0 for success.
+
+    Raises:
+        RuntimeError: the library is not there; ask `library()` first.
+    """
+    native = library()
+    if native is None:
+        raise RuntimeError(f"the native library is {status()}")
+    found = getattr(native, name)
+    found.argtypes, found.restype = arguments, ctypes.c_int32
+    return found
 
 
 def request_amx() -> bool:

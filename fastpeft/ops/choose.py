@@ -25,12 +25,12 @@ from types import ModuleType
 
 import torch
 
-from fastpeft import _cuda
+from fastpeft import _cuda, _native
 from fastpeft.errors import FastPEFTError
 from fastpeft.ops.proven import PROVEN
 
 OPERATORS = ("prompt_attention", "layer_norm", "lora_linear", "adapter", "mlp")
-BACKENDS = ("reference", "triton", "cuda", "xformers")
+BACKENDS = ("reference", "cpu", "triton", "cuda", "xformers")
 
 # Where an implementation is, what it is made with, and the smallest compute capability it runs on.
 _MODULES: dict[tuple[str, str], str] = {
@@ -62,7 +62,8 @@ class Chip:
 
     Attributes:
         kind: "cpu" or "cuda".
-        capability: compute capability of a GPU, 90 for sm_90; 0 on a CPU.
+        capability: compute capability of a GPU, 90 for sm_90; of a CPU the position of its instruction set in
+            `fastpeft._native.LEVELS`.
         interpreted: Triton runs its kernels on the CPU, slowly, for tests.
     """
 
@@ -92,7 +93,8 @@ def chip_of(device: torch.device) -> Chip:
 @functools.cache
 def _chip(kind: str, index: int | None) -> Chip:
     if kind != "cuda":
-        return Chip(kind, interpreted=os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"))
+        level = list(_native.LEVELS).index(_native.cpu_level()) if kind == "cpu" else 0
+        return Chip(kind, level, interpreted=os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"))
     major, minor = torch.cuda.get_device_capability(index)
     return Chip(kind, 10 * major + minor)
 
@@ -133,6 +135,10 @@ def unavailable(operator: str, backend: str, chip: Chip) -> str | None:
     """Why an implementation cannot run on a chip whatever the arguments, or None."""
     if (operator, backend) not in _MODULES:
         return f"there is no {backend} implementation of {operator}"
+    if backend == "cpu":
+        if chip.kind != "cpu":
+            return f"runs on the CPU, the tensors are on {chip.kind}"
+        return None if _native.library() is not None else f"the native library is {_native.status()}"
     package = _PACKAGES.get(backend)
     if package is not None and importlib.util.find_spec(package) is None:
         return f"{package} is not installed"

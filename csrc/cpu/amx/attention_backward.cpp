@@ -1,0 +1,240 @@
+// Gradients of attention, a head of a sample at a time, 32 keys at a time, on transposed scores:
+//
+//   P^T = exp(scale * k q^T - lse),   dP^T = v dout^T,   dS^T = scale * P^T * (dP^T - delta),   delta = rowsum(dout * out)
+//   dv = P^T dout,   dk = dS^T q,   dq^T = k^T dS^T
+//
+// Transposed, P and dS come out as the left factors of dv and dk; pairs of rows of dS^T interleaved are the right factor
+// of dq^T. No matrix of probabilities is ever transposed.
+
+#include "attention.h"
+#include "epilogues.h"
+
+namespace fastpeft {
+namespace {
+
+struct BackwardTag;
+
+class Backward {
+ public:
+  Backward(const Attention& a, bf16* memory) : a_(a), n_(a), first_(a.dq.data == nullptr && a.dk.data == nullptr && a.dv.data == nullptr ? a.tokens / kBlock : 0) {
+    queries_ = take(memory, n_.queries * n_.widths);
+    queries_depth_ = take(memory, n_.queries * n_.widths);
+    douts_ = take(memory, n_.queries * n_.widths);
+    douts_depth_ = take(memory, n_.queries * n_.widths);
+    key_rows_ = take(memory, n_.widths);
+    value_rows_ = take(memory, n_.widths);
+    keys_transposed_ = take(memory, n_.widths * n_.keys);
+    probabilities_ = take(memory, n_.queries);
+    slopes_ = take(memory, n_.queries);
+    slopes_depth_ = take(memory, n_.queries * n_.keys);
+    sums_ = reinterpret_cast<float*>(take(memory, 16));
+    lse_ = reinterpret_cast<float*>(take(memory, ceil_div<int64_t>(n_.queries, 8)));
+    delta_ = reinterpret_cast<float*>(take(memory, ceil_div<int64_t>(n_.queries, 8)));
+  }
+
+  static int64_t blocks(const Attention& a) {
+    const Extent n(a);
+    return 4 * n.queries * n.widths + 2 * n.widths + n.widths * n.keys + 2 * n.queries + n.queries * n.keys + 16 +
+           2 * ceil_div<int64_t>(n.queries, 8);
+  }
+
+  // dprompt_k, dprompt_v: (prompts, dim), added to; or null.
+  void run(int64_t b, int64_t h, float* dprompt_k, float* dprompt_v) {
+    pack_queries(b, h);
+    for (int64_t j = first_; j < n_.keys; ++j) {
+      scores(b, h, j);
+      if (a_.dv.data != nullptr || dprompt_v != nullptr) gradient(b, h, j, probabilities_, douts_depth_, a_.dv, dprompt_v);
+      if (a_.dk.data != nullptr || dprompt_k != nullptr) gradient(b, h, j, slopes_, queries_depth_, a_.dk, dprompt_k);
+    }
+    if (a_.dq.data != nullptr) query_gradient(b, h);
+  }
+
+ private:
+  void pack_queries(int64_t b, int64_t h) {
+    const Source q = {&a_.q, nullptr, a_.dim, b, h, a_.queries, 0};
+    const Source g = {&a_.dout, nullptr, a_.dim, b, h, a_.queries, 0};
+    __m512i rows[kBlock];
+    for (int64_t i = 0; i < n_.queries; ++i) {
+      __m512 deltas[kBlock];
+      for (int64_t w = 0; w < n_.widths; ++w) {
+        q.rows(i, w * kBlock, rows);
+        put_right_transposed(rows, queries_ + (i * n_.widths + w) * kBlockSize);
+        put_right(rows, queries_depth_ + (w * n_.queries + i) * kBlockSize);
+        g.rows(i, w * kBlock, rows);
+        put_right_transposed(rows, douts_ + (i * n_.widths + w) * kBlockSize);
+        put_right(rows, douts_depth_ + (w * n_.queries + i) * kBlockSize);
+        const int64_t count = smaller(kBlock, a_.queries - i * kBlock);
+        for (int64_t r = 0; r < count; ++r) {
+          const __m512i out = load_piece(a_.out, a_.dim, b, h, i * kBlock + r, w * kBlock);
+          __m512 d = _mm512_mul_ps(low_half(rows[r]), low_half(out));
+          d = _mm512_fmadd_ps(high_half(rows[r]), high_half(out), d);
+          deltas[r] = w == 0 ? d : _mm512_add_ps(deltas[r], d);
+        }
+      }
+      // What stands for a query that there is not: a probability of zero.
+      for (int64_t r = 0; r < kBlock; ++r) {
+        const int64_t row = i * kBlock + r;
+        const bool there = row < a_.queries;
+        lse_[row] = there ? kLog2E * a_.lse[(b * a_.heads + h) * a_.queries + row] : 1e30f;
+        delta_[row] = there ? _mm512_reduce_add_ps(deltas[r]) : 0.0f;
+      }
+    }
+  }
+
+  // Probabilities and their gradients for 32 keys and all queries.
+  void scores(int64_t b, int64_t h, int64_t j) {
+    const Source k = {&a_.k, &a_.prompt_k, a_.dim, b, h, a_.tokens, a_.prompts};
+    const Source v = {&a_.v, &a_.prompt_v, a_.dim, b, h, a_.tokens, a_.prompts};
+    __m512i rows[kBlock];
+    for (int64_t w = 0; w < n_.widths; ++w) {
+      k.rows(j, w * kBlock, rows);
+      put_left(rows, key_rows_ + w * kBlockSize);
+      if (a_.dq.data != nullptr) put_left_transposed(rows, keys_transposed_ + (w * n_.keys + j) * kBlockSize);
+      v.rows(j, w * kBlock, rows);
+      put_left(rows, value_rows_ + w * kBlockSize);
+    }
+    const int64_t count = smaller(kBlock, a_.tokens + a_.prompts - j * kBlock);
+    multiply_scores(0);
+    for (int64_t i = 0; i < n_.queries; ++i) {
+      // The matrix unit is ahead by one block of queries.
+      if (i + 1 < n_.queries) multiply_scores(i + 1);
+      const float* s = sums_ + (i & 1) * 2 * kSums;
+      const __m512 factor = constant(a_.scale * kLog2E), scale = constant(a_.scale);
+      const __m512 lse[2] = {_mm512_load_ps(lse_ + i * kBlock), _mm512_load_ps(lse_ + i * kBlock + 16)};
+      const __m512 delta[2] = {_mm512_load_ps(delta_ + i * kBlock), _mm512_load_ps(delta_ + i * kBlock + 16)};
+      bf16* p = probabilities_ + i * kBlockSize;
+      bf16* ds = slopes_ + i * kBlockSize;
+      bf16* depth = slopes_depth_ + (i * n_.keys + j) * kBlockSize;
+      for (int64_t r = 0; r < kBlock; r += 2) {
+        __m512i row[2];
+        for (int64_t e = 0; e < 2; ++e) {
+          // A key behind the last has scores of zero, whose exponential may be anything.
+          if (r + e >= count) {
+            row[e] = _mm512_setzero_si512();
+            _mm512_store_si512(p + (r + e) * kBlock, row[e]);
+            _mm512_store_si512(ds + (r + e) * kBlock, row[e]);
+            continue;
+          }
+          const Row score = sums_of(s, r + e), dp = sums_of(s + kSums, r + e);
+          const __m512 x = exp2(_mm512_fmsub_ps(score.low, factor, lse[0]));
+          const __m512 y = exp2(_mm512_fmsub_ps(score.high, factor, lse[1]));
+          _mm512_store_si512(p + (r + e) * kBlock, narrow(x, y));
+          const __m512 dx = _mm512_mul_ps(_mm512_mul_ps(x, scale), _mm512_sub_ps(dp.low, delta[0]));
+          const __m512 dy = _mm512_mul_ps(_mm512_mul_ps(y, scale), _mm512_sub_ps(dp.high, delta[1]));
+          row[e] = narrow(dx, dy);
+          _mm512_store_si512(ds + (r + e) * kBlock, row[e]);
+        }
+        __m512i first, second;
+        interleave(row[0], row[1], &first, &second);
+        _mm512_store_si512(depth + r * 16, first);
+        _mm512_store_si512(depth + 512 + r * 16, second);
+      }
+    }
+  }
+
+  FASTPEFT_INLINE void multiply_scores(int64_t i) {
+    float* s = sums_ + (i & 1) * 2 * kSums;
+    zero_sums();
+    for (int64_t w = 0; w < n_.widths; ++w)
+      multiply_step(key_rows_ + w * kBlockSize, queries_ + (i * n_.widths + w) * kBlockSize);
+    store_sums(s);
+    zero_sums();
+    for (int64_t w = 0; w < n_.widths; ++w)
+      multiply_step(value_rows_ + w * kBlockSize, douts_ + (i * n_.widths + w) * kBlockSize);
+    store_sums(s + kSums);
+  }
+
+  // Rows 32 j .. of left * right, to tokens and prompts.
+  void gradient(int64_t b, int64_t h, int64_t j, const bf16* left, const bf16* right, const Heads& tokens, float* prompts) {
+    const int64_t count = smaller(kBlock, a_.tokens + a_.prompts - j * kBlock);
+    for (int64_t w = 0; w < n_.widths; ++w) {
+      zero_sums();
+      for (int64_t i = 0; i < n_.queries; ++i)
+        multiply_step(left + i * kBlockSize, right + (w * n_.queries + i) * kBlockSize);
+      float* sums = sums_ + (4 + (w & 1)) * kSums;
+      store_sums(sums);
+      for (int64_t r = 0; r < count; ++r) {
+        const Row s = sums_of(sums, r);
+        const int64_t row = j * kBlock + r, column = w * kBlock;
+        if (row < a_.tokens) {
+          if (tokens.data != nullptr) store_piece(tokens, a_.dim, b, h, row, column, narrow(s.low, s.high));
+        } else if (prompts != nullptr) {
+          add(prompts + (row - a_.tokens) * a_.dim + column, a_.dim - column, s.low);
+          add(prompts + (row - a_.tokens) * a_.dim + column + 16, a_.dim - column - 16, s.high);
+        }
+      }
+    }
+  }
+
+  FASTPEFT_INLINE void add(float* to, int64_t count, __m512 x) {
+    if (count <= 0) return;
+    const __mmask16 mask = count >= 16 ? 0xffff : (1 << count) - 1;
+    _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), x));
+  }
+
+  void query_gradient(int64_t b, int64_t h) {
+    for (int64_t i = 0; i < n_.queries; ++i)
+      for (int64_t w = 0; w < n_.widths; ++w) {
+        zero_sums();
+        for (int64_t j = 0; j < n_.keys; ++j)
+          multiply_step(keys_transposed_ + (w * n_.keys + j) * kBlockSize, slopes_depth_ + (i * n_.keys + j) * kBlockSize);
+        float* sums = sums_ + (6 + (w & 1)) * kSums;
+        store_sums(sums);
+        // Tiles: top left is columns 0..15 by queries 0..15, top right queries 16..31.
+        for (int64_t half = 0; half < 2; ++half) {
+          __m512i low[16], high[16];
+          for (int64_t r = 0; r < 16; ++r) {
+            low[r] = _mm512_load_si512(sums + half * 256 + r * 16);
+            high[r] = _mm512_load_si512(sums + 512 + half * 256 + r * 16);
+          }
+          transpose(low);
+          transpose(high);
+          for (int64_t r = 0; r < 16; ++r) {
+            const int64_t row = i * kBlock + half * 16 + r;
+            if (row >= a_.queries) break;
+            const __m512i x = narrow(_mm512_castsi512_ps(low[r]), _mm512_castsi512_ps(high[r]));
+            store_piece(a_.dq, a_.dim, b, h, row, w * kBlock, x);
+          }
+        }
+      }
+  }
+
+  const Attention& a_;
+  const Extent n_;
+  const int64_t first_;  // block of keys to begin with
+  bf16 *queries_, *queries_depth_, *douts_, *douts_depth_, *key_rows_, *value_rows_, *keys_transposed_, *probabilities_,
+      *slopes_, *slopes_depth_;
+  float *sums_, *lse_, *delta_;
+};
+
+}  // namespace
+}  // namespace fastpeft
+
+// dprompt_k and dprompt_v are zero when this is called.
+FASTPEFT_EXPORT int32_t FASTPEFT_NAME(attention_backward)(const fastpeft::Attention* attention) {
+  using namespace fastpeft;
+  const Attention& a = *attention;
+  // A part of the batch and a head: whose sums over the batch's prompts lie in one place.
+  const bool shared = a.prompts > 0 && a.prompt_k.batch == 0;
+  const int64_t parts = shared ? a.parts : a.batch, groups = parts * a.heads;
+  const int64_t threads = smaller<int64_t>(a.threads, groups);
+  bool enough = true;
+  parallel(static_cast<int>(threads), [&](int index) {
+    auto* memory = static_cast<bf16*>(scratch<BackwardTag>(Backward::blocks(a) * kBlockSize * 2));
+    if (memory == nullptr) {
+      __atomic_store_n(&enough, false, __ATOMIC_RELAXED);
+      return;
+    }
+    const Tiles tiles;
+    Backward backward(a, memory);
+    const Range mine = part_of(groups, threads, index);
+    for (int64_t group = mine.begin; group < mine.end; ++group) {
+      const int64_t part = group % parts, h = group / parts;
+      const Range samples = shared ? part_of(a.batch, parts, part) : Range{part, part + 1};
+      const int64_t at = (part * a.heads + h) * a.prompts * a.dim;
+      for (int64_t b = samples.begin; b < samples.end; ++b)
+        backward.run(b, h, a.dprompt_k == nullptr ? nullptr : a.dprompt_k + at, a.dprompt_v == nullptr ? nullptr : a.dprompt_v + at);
+    }
+  });
+  return enough ? kOk : kNoMemory;
+}

@@ -1,0 +1,290 @@
+// C = epilogue(A W^T + A2 W2^T) on the matrix unit.
+//
+// A thread owns a range of row blocks and goes through it in slabs whose part of A stays in the second-level cache. Within
+// a slab a panel of W, 32 columns, is used for all rows before the next is loaded, and it is used in chunks of depth that
+// stay in the first-level cache. Sums that wait for the next chunk lie in fp32:
+//
+//   shallow products (depth to 1024): for each panel, for each chunk, for each block of rows; 4 KiB of sums a block;
+//   deep ones: for each chunk, for each panel, for each block, so that A too is read in chunks; sums of the whole slab.
+//
+// The last chunk's sums of a block are finished (bias, activation, ...) between the steps of the next block's product.
+
+#include "gemm.h"
+
+#include "epilogues.h"
+
+namespace fastpeft {
+namespace {
+
+constexpr int64_t kChunk = 256;        // depth of a panel in the first-level cache: 16 KiB
+constexpr int64_t kShallow = 1024;     // deepest product whose slab of A is held whole
+constexpr int64_t kSlab = 704 * 1024;  // bytes of A (and of sums) that share the second-level cache with a panel
+
+struct SlabTag;
+struct SumsTag;
+struct StagedTag;
+
+// Sums that wait to be finished, while those of the next block go into the other half.
+class Pipeline {
+ public:
+  Pipeline(const Gemm& gemm, Finish finish, float* staging) : finish_(finish), staging_(staging) {
+    waiting_.gemm = &gemm;
+    waiting_.sums = nullptr;
+  }
+
+  // Multiplies `steps` blocks of A and B into the tiles, finishing what waits meanwhile.
+  FASTPEFT_INLINE void multiply(const bf16* a, const bf16* b, int64_t steps) {
+    if (waiting_.sums == nullptr) {
+      for (int64_t k = 0; k < steps; ++k) multiply_step(a + k * kBlockSize, b + k * kBlockSize);
+      return;
+    }
+    const int64_t rows = ceil_div(kBlock - done_, steps);
+    for (int64_t k = 0; k < steps; ++k) {
+      multiply_step(a + k * kBlockSize, b + k * kBlockSize);
+      const int64_t end = smaller(done_ + rows, kBlock);
+      if (end > done_) finish_(waiting_, done_, end);
+      done_ = end;
+    }
+    if (done_ == kBlock) waiting_.sums = nullptr;
+  }
+
+  // Takes the sums out of the tiles, to be finished.
+  FASTPEFT_INLINE void hand_over(int64_t row_block, int64_t column_block) {
+    flush();
+    float* sums = staging_ + (turn_ ^= 1) * kSums;
+    store_sums(sums);
+    waiting_.sums = sums;
+    waiting_.row_block = row_block;
+    waiting_.column_block = column_block;
+    done_ = 0;
+  }
+
+  void flush() {
+    if (waiting_.sums != nullptr) finish_(waiting_, done_, kBlock);
+    waiting_.sums = nullptr;
+  }
+
+ private:
+  Finished waiting_;
+  Finish finish_;
+  float* staging_;
+  int64_t done_ = 0;
+  int turn_ = 0;
+};
+
+// Rows [32 block, 32 block + 32) of A as blocks of 32 columns, normalised on the way. Rows that there are not are zero.
+void load_rows(const Gemm& g, int64_t block, bf16* out) {
+  const int64_t blocks = g.depth / kBlock;
+  for (int64_t r = 0; r < kBlock; ++r) {
+    const int64_t row = block * kBlock + r;
+    if (row >= g.rows) {
+      for (int64_t k = 0; k < blocks; ++k) _mm512_store_si512(out + k * kBlockSize + r * kBlock, _mm512_setzero_si512());
+      continue;
+    }
+    const auto source = [&](int64_t k) -> const bf16* { return place(g.a, block, r, k); };
+    if (g.prologue == kCopy) {
+      for (int64_t k = 0; k < blocks; ++k)
+        _mm512_store_si512(out + k * kBlockSize + r * kBlock, _mm512_loadu_si512(source(k)));
+      continue;
+    }
+    __m512 sum = _mm512_setzero_ps(), sum2 = _mm512_setzero_ps();
+    for (int64_t k = 0; k < blocks; ++k) {
+      const __m512i x = _mm512_loadu_si512(source(k));
+      sum = _mm512_add_ps(sum, low_half(x));
+      sum2 = _mm512_add_ps(sum2, high_half(x));
+    }
+    const float mean = _mm512_reduce_add_ps(_mm512_add_ps(sum, sum2)) / g.depth;
+    const __m512 m = constant(mean);
+    sum = sum2 = _mm512_setzero_ps();
+    for (int64_t k = 0; k < blocks; ++k) {
+      const __m512i x = _mm512_loadu_si512(source(k));
+      const __m512 low = _mm512_sub_ps(low_half(x), m), high = _mm512_sub_ps(high_half(x), m);
+      sum = _mm512_fmadd_ps(low, low, sum);
+      sum2 = _mm512_fmadd_ps(high, high, sum2);
+    }
+    const float variance = _mm512_reduce_add_ps(_mm512_add_ps(sum, sum2)) / g.depth;
+    const float rstd = 1.0f / __builtin_sqrtf(variance + g.epsilon);
+    const __m512 s = constant(rstd), shift = constant(-mean * rstd);
+    for (int64_t k = 0; k < blocks; ++k) {
+      const __m512i x = _mm512_loadu_si512(source(k));
+      const __m512 low = _mm512_fmadd_ps(low_half(x), s, shift), high = _mm512_fmadd_ps(high_half(x), s, shift);
+      _mm512_store_si512(out + k * kBlockSize + r * kBlock, narrow(low, high));
+    }
+    if (g.statistics != nullptr) {
+      g.statistics[row] = mean;
+      g.statistics[g.rows + row] = rstd;
+    }
+  }
+}
+
+// A slab of A: its blocks, in scratch memory or where they are.
+struct Slab {
+  const bf16* data;
+  int64_t stride;  // blocks from one row of blocks to the next
+  FASTPEFT_INLINE const bf16* at(int64_t row_block, int64_t k) const { return data + (row_block * stride + k) * kBlockSize; }
+};
+
+// A2 = A down_weight^T + down_bias for the slab's rows.
+void project_down(const Gemm& g, const Slab& slab, int64_t first, int64_t blocks) {
+  const int64_t depth = g.depth / kBlock, extra = g.extra / kBlock;
+  alignas(64) float sums[kSums];
+  Gemm down = {};
+  down.rows = g.rows;
+  down.columns = g.extra;
+  down.c = g.a2;
+  down.bias = g.down_bias;
+  for (int64_t n = 0; n < extra; ++n)
+    for (int64_t i = 0; i < blocks; ++i) {
+      zero_sums();
+      for (int64_t k = 0; k < depth; ++k) multiply_step(slab.at(i, k), g.down_weight + (n * depth + k) * kBlockSize);
+      store_sums(sums);
+      finish<kStore, kIdentity, kNothing>({&down, sums, first + i, n}, 0, kBlock);
+    }
+}
+
+// Carries finished rows from blocks to row-major memory, with what is to be added, while the next slab is multiplied. A
+// product writes 64 bytes of a row at a time; into row-major memory that would be a new page each.
+class Drain {
+ public:
+  Drain(const Gemm& gemm, bf16* memory, int64_t blocks) : gemm_(gemm), memory_(memory), half_(blocks * kBlock * gemm.columns) {}
+
+  // Where the next slab's sums go, so that block `first` of rows lies at its beginning.
+  bf16* turn(int64_t first) { return memory_ + (filling_ ? half_ : 0) - first * kBlock * gemm_.columns; }
+
+  // The slab that was filled is complete: carry it away, a part of it at each of so many calls of `some`.
+  void start(int64_t first, int64_t blocks, int64_t calls) {
+    finish();
+    first_ = first;
+    row_ = 0;
+    rows_ = smaller(blocks * kBlock, gemm_.rows - first * kBlock);
+    step_ = ceil_div(rows_, calls);
+    source_ = memory_ + (filling_ ? half_ : 0);
+    filling_ = !filling_;
+  }
+
+  FASTPEFT_INLINE void some() {
+    if (row_ < rows_) carry(smaller(row_ + step_, rows_));
+  }
+
+  void finish() {
+    if (row_ < rows_) carry(rows_);
+  }
+
+ private:
+  void carry(int64_t end) {
+    const int64_t columns = gemm_.columns / kBlock;
+    for (; row_ < end; ++row_) {
+      const int64_t block = row_ / kBlock, r = row_ % kBlock;
+      for (int64_t n = 0; n < columns; ++n) {
+        __m512i x = _mm512_load_si512(source_ + (block * columns + n) * kBlockSize + r * kBlock);
+        if (gemm_.epilogue == kResidual) {
+          const __m512i y = _mm512_loadu_si512(place(gemm_.other, first_ + block, r, n));
+          x = narrow(_mm512_add_ps(low_half(x), low_half(y)), _mm512_add_ps(high_half(x), high_half(y)));
+        }
+        _mm512_storeu_si512(place(gemm_.c, first_ + block, r, n), x);
+      }
+    }
+  }
+
+  const Gemm& gemm_;
+  bf16* memory_;
+  const bf16* source_ = nullptr;
+  int64_t half_, first_ = 0, row_ = 0, rows_ = 0, step_ = 0;
+  bool filling_ = false;
+};
+
+// Products of a panel's chunk with a block of rows in a slab.
+int64_t products(const Gemm& g, int64_t blocks) { return ceil_div(g.depth, kChunk) * (g.columns / kBlock) * blocks; }
+
+void multiply_slab(const Gemm& g, const Slab& slab, int64_t first, int64_t blocks, Pipeline& pipeline,
+                   Drain& drain, float* sums) {
+  const int64_t depth = g.depth / kBlock, columns = g.columns / kBlock, extra = g.extra / kBlock;
+  const bool shallow = g.depth <= kShallow;
+  const int64_t chunk = kChunk / kBlock, chunks = ceil_div(depth, chunk);
+  const auto product = [&](int64_t c, int64_t n, int64_t i) {
+    const int64_t begin = c * chunk, steps = smaller(chunk, depth - begin);
+    float* partial = sums + (shallow ? i : n * blocks + i) * kSums;
+    if (c == 0)
+      zero_sums();
+    else
+      load_sums(partial);
+    pipeline.multiply(slab.at(i, begin), g.weight + (n * depth + begin) * kBlockSize, steps);
+    drain.some();
+    if (c + 1 < chunks) {
+      store_sums(partial);
+      return;
+    }
+    if (extra > 0) {
+      const bf16* a2 = g.a2.data + (first + i) * g.a2.stride * kBlockSize;
+      pipeline.multiply(a2, g.extra_weight + n * extra * kBlockSize, extra);
+    }
+    pipeline.hand_over(first + i, n);
+  };
+  if (shallow) {
+    for (int64_t n = 0; n < columns; ++n)
+      for (int64_t c = 0; c < chunks; ++c)
+        for (int64_t i = 0; i < blocks; ++i) product(c, n, i);
+  } else {
+    for (int64_t c = 0; c < chunks; ++c)
+      for (int64_t n = 0; n < columns; ++n)
+        for (int64_t i = 0; i < blocks; ++i) product(c, n, i);
+  }
+}
+
+// Row blocks of a slab: what fits, in parts as equal as can be.
+int64_t slab_blocks(const Gemm& g, int64_t mine) {
+  const int64_t bytes = g.depth <= kShallow ? kBlock * g.depth * 2 + kSums * 4 : kBlock * g.columns * 4;
+  const int64_t most = kSlab / bytes < 1 ? 1 : kSlab / bytes;
+  return ceil_div(mine, ceil_div(mine, most));
+}
+
+bool run(const Gemm& whole, int64_t index, int64_t threads) {
+  Gemm g = whole;
+  const Range mine = part_of(ceil_div(g.rows, kBlock), threads, index);
+  if (mine.begin == mine.end) return true;
+  const int64_t blocks = slab_blocks(g, mine.end - mine.begin);
+  const bool in_place = g.a.layout == kBlocked && g.prologue == kCopy;
+  const bool shallow = g.depth <= kShallow;
+  auto* copy = in_place ? nullptr : static_cast<bf16*>(scratch<SlabTag>(blocks * kBlock * g.depth * 2));
+  const int64_t partial = shallow ? blocks : blocks * (g.columns / kBlock);
+  bf16* staged = nullptr;
+  if (whole.c.layout == kRowMajor) {
+    staged = static_cast<bf16*>(scratch<StagedTag>(2 * blocks * kBlock * g.columns * 2));
+    if (staged == nullptr) return false;
+    g.c = {nullptr, g.columns / kBlock, kBlocked, 0};
+    if (g.epilogue == kResidual) g.epilogue = kStore;
+  }
+  auto* sums = static_cast<float*>(scratch<SumsTag>((partial + 2) * kSums * 4));
+  if (sums == nullptr || (copy == nullptr && !in_place)) return false;
+  const Tiles tiles;
+  Pipeline pipeline(g, choose_finish(g), sums + partial * kSums);
+  Drain drain(whole, staged, blocks);
+  for (int64_t first = mine.begin; first < mine.end; first += blocks) {
+    const int64_t count = smaller(blocks, mine.end - first);
+    Slab slab = {g.a.data + first * g.a.stride * kBlockSize, g.a.stride};
+    if (!in_place) {
+      slab = {copy, g.depth / kBlock};
+      for (int64_t i = 0; i < count; ++i) load_rows(g, first + i, copy + i * kBlock * g.depth);
+    }
+    if (staged != nullptr) g.c.data = drain.turn(first);
+    if (g.down_weight != nullptr) project_down(g, slab, first, count);
+    multiply_slab(g, slab, first, count, pipeline, drain, sums);
+    pipeline.flush();
+    if (staged != nullptr) drain.start(first, count, products(g, blocks));
+  }
+  drain.finish();
+  return true;
+}
+
+}  // namespace
+}  // namespace fastpeft
+
+FASTPEFT_EXPORT int32_t FASTPEFT_NAME(gemm)(const fastpeft::Gemm* gemm) {
+  using namespace fastpeft;
+  const int64_t threads = smaller<int64_t>(gemm->threads, ceil_div(gemm->rows, kBlock));
+  bool enough = true;
+  parallel(static_cast<int>(threads), [&](int index) {
+    if (!run(*gemm, index, threads)) __atomic_store_n(&enough, false, __ATOMIC_RELAXED);
+  });
+  return enough ? kOk : kNoMemory;
+}
