@@ -120,7 +120,8 @@ class TrainConfig(_Section):
         grad_accumulation: Forward passes per optimizer step on each rank.
         precision: Of the frozen weights and activations; trained parameters are always fp32. `auto` is bf16 where the
             hardware multiplies bf16 matrices, else fp32.
-        zero: DeepSpeed's ZeRO stage; frozen weights are never part of it.
+        zero: DeepSpeed's ZeRO stage. At 0 to 2 frozen weights are no part of it, every rank has them; at 3 they are
+            divided among the ranks like all others, and a block's are gathered while it runs.
         seed: Of initialisation, data order, augmentation and dropout.
         head_init: `vpt` draws Kaiming-normal (fan-out) weights and sets the bias to -log(99); `keep` trains the head as
             it is.
@@ -147,7 +148,7 @@ class TrainConfig(_Section):
     drop_last: bool = False
     grad_accumulation: int = Field(default=1, gt=0)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    zero: Literal[0, 1, 2] = 0
+    zero: Literal[0, 1, 2, 3] = 0
     seed: int = Field(default=0, ge=0)
     head_init: Literal["vpt", "keep"] = "vpt"
     eval_every: int = Field(default=1, ge=0)
@@ -175,8 +176,10 @@ class TrainConfig(_Section):
             raise ValueError("give train.base_lr, or train.lr with a rate for every trained group")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"train.warmup_epochs ({self.warmup_epochs}) must be below train.epochs ({self.epochs})")
-        if self.precision == "fp16" and self.zero == 2:
-            raise ValueError("fp16 runs with train.zero 0 or 1: stage 2 reduces gradients before they are unscaled")
+        if self.precision == "fp16" and self.zero >= 2:
+            raise ValueError(
+                f"fp16 runs with train.zero 0 or 1: stage {self.zero} reduces gradients before they are unscaled"
+            )
         if self.cuda_graph and (self.zero or self.grad_accumulation > 1 or self.precision == "fp16"):
             raise ValueError("train.cuda_graph needs zero 0, grad_accumulation 1 and a precision other than fp16")
         return self

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 import torch.distributed
 import torch.nn.functional as F
+from torch.utils.data import Dataset
 
 import fastpeft
 from fastpeft.config import ConfigError, parse_interval
 from fastpeft.errors import FastPEFTError
 from fastpeft.state import clock_of
 from fastpeft.trainer import checkpoint, optim, precision
-from fastpeft.trainer.evaluate import evaluate
+from fastpeft.trainer.evaluate import Spare, evaluate
 from fastpeft.trainer.folder import RunFolder
 from fastpeft.trainer.graph import StepGraph
 from fastpeft.trainer.launch import Ranks, barrier
@@ -259,15 +260,25 @@ class Loop:
         self.work.eval_mode()
         with self.report.bar(f"evaluating on {split}", len(dataset)) as advance:
             counts = evaluate(
-                self.work.forward, batches, self.ranks.device, lambda images: advance(images * self.ranks.world)
+                self.work.forward,
+                batches,
+                self.ranks.device,
+                lambda images: advance(images * self.ranks.world),
+                self._spare(dataset),
             )
         self.work.train_mode()
         return {f"{split}_accuracy": counts.accuracy, f"{split}_loss": counts.loss}
 
+    def _spare(self, dataset: Dataset) -> Spare | None:
+        """What a rank runs that has fewer batches of a split than another, where a forward pass is collective."""
+        if self.train.zero < 3 or self.ranks.world == 1:
+            return None
+        rounds = math.ceil(len(dataset) / self.ranks.world / self.work.evaluation_batch)
+        return Spare(dataset[0][0].unsqueeze(0), rounds)
+
     def trained_tensors(self) -> dict[str, torch.Tensor]:
-        """Copies of everything that training changes in the model: parameters and the head's running statistics."""
-        parameters = {name: parameter.detach().cpu().clone() for name, parameter in self.stepper.named.items()}
-        return parameters | self.work.buffers()
+        """Copies of all that training changes: parameters and the head's running statistics; collective."""
+        return self.stepper.parameters() | self.work.buffers()
 
 
 def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from fastpeft.trainer import checkpoint, launch, optim, results
 from fastpeft.trainer.folder import RunFolder
 from fastpeft.trainer.logs import Logs
 from fastpeft.trainer.loop import Loop
+from fastpeft.trainer.partitioned import PartitionedStepper
 from fastpeft.trainer.report import Reporter
 from fastpeft.trainer.stepper import Stepper
 from fastpeft.trainer.task import Task, blame, prepare
@@ -70,7 +71,10 @@ def _train(
     groups = fastpeft.parameter_groups(work.model)
     optimizer = optim.build_optimizer(groups, task.num_classes, config.train)
     micro_batch = max(1, work.deal.batch_size // work.deal.parts)
-    stepper = Stepper(work.named_trained(), optimizer, micro_batch, config.train.zero)
+    if config.train.zero == 3:
+        stepper = PartitionedStepper(work.trained_module(), work.named_trained(), optimizer, micro_batch)
+    else:
+        stepper = Stepper(work.named_trained(), optimizer, micro_batch, config.train.zero)
     loop = Loop(work, stepper, ranks, folder, report, started)
     if loop.resume():
         report.say(f"resuming  after step {loop.position.global_step} (epoch {loop.position.epoch + 1})")

@@ -1,4 +1,4 @@
-"""DeepSpeed behind three calls, backward, step and state, whatever the ZeRO stage.
+"""DeepSpeed behind three calls, backward, step and state, for ZeRO stages 0 to 2; stage 3 is in `partitioned`.
 
 DeepSpeed is given the trained parameters alone. They are fp32 masters and its engine runs in fp32, while the frozen
 weights keep whatever format the forward pass wants: to the optimizer they are constants, with nothing to broadcast,
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 
-def _state_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+def state_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
     """What an optimizer keeps beside each parameter, a step count aside."""
     if isinstance(optimizer, torch.optim.AdamW):
         return ("exp_avg", "exp_avg_sq")
@@ -40,30 +40,34 @@ class Stepper:
             named: The trained parameters, each once, by their names in the model.
             optimizer: Over the same parameters.
             micro_batch: Images of a micro-batch; DeepSpeed only reports it.
-            zero: ZeRO stage.
+            zero: ZeRO stage, 0 to 2.
         """
-        import deepspeed
-
         self.named = dict(named)
         self.optimizer = optimizer
         self.zero = zero
-        self._keys = _state_keys(optimizer)
+        self._keys = state_keys(optimizer)
+        self._start(_Trained(list(self.named.values())), micro_batch, {"stage": zero})
+        if zero:
+            self._create_partitioned_state()
+
+    def _start(self, module: nn.Module, micro_batch: int, zero_optimization: Mapping[str, object]) -> None:
+        """Start DeepSpeed's engine over a module."""
+        import deepspeed
+
         self._engine, *_ = deepspeed.initialize(
-            model=_Trained(list(self.named.values())),
-            optimizer=optimizer,
+            model=module,
+            optimizer=self.optimizer,
             config={
                 "train_micro_batch_size_per_gpu": micro_batch,
                 # step() is the boundary, so that an epoch's last batch may hold fewer micro-batches than the others.
                 "managed_gradient_accumulation": False,
-                "zero_optimization": {"stage": zero},
+                "zero_optimization": dict(zero_optimization),
                 # DeepSpeed clips to a norm of 1 unless told not to; the papers' protocols do not clip.
                 "gradient_clipping": 0.0,
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": None,
             },
         )
-        if zero:
-            self._create_partitioned_state()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add a micro-batch's gradients; `step` averages them over ranks."""
@@ -78,11 +82,13 @@ class Stepper:
         for parameter in self.named.values():
             parameter.grad = None
 
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """The trained parameters as full CPU tensors, by name; collective."""
+        return {name: parameter.detach().cpu().clone() for name, parameter in self.named.items()}
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and optimizer state as full CPU tensors: `param/<name>` and `<state key>/<name>`; collective."""
-        tensors = {}
-        for name, parameter in self.named.items():
-            tensors[f"param/{name}"] = parameter.detach().cpu().clone()
+        tensors = {f"param/{name}": tensor for name, tensor in self.parameters().items()}
         for key in self._keys:
             for name, parameter in self.named.items():
                 tensors[f"{key}/{name}"] = self._state_of(parameter, key).detach().cpu().clone()

@@ -119,6 +119,10 @@ class Workload:
         """Each trained parameter once, by its first name in the model."""
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
+    def trained_module(self) -> nn.Module:
+        """The module that a step calls: the model, or what follows its cached part."""
+        return self._trained
+
     def buffers(self) -> dict[str, torch.Tensor]:
         """Copies of the buffers that a state dict holds, such as a head's running statistics."""
         parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}

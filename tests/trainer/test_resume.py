@@ -65,7 +65,7 @@ def test_resuming_anywhere_gives_the_same_bytes(train, write_config, tmp_path, m
     assert adapter_bytes(tmp_path / "cut") == adapter_bytes(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("zero", [1, 2])
+@pytest.mark.parametrize("zero", [1, 2, 3])
 def test_resuming_with_partitioned_state_gives_the_same_bytes(train, write_config, tmp_path, monkeypatch, zero):
     options = TRAIN | {"zero": zero, "epochs": 3}
     assert train(write_config(train=options, out=str(tmp_path / "whole")))[0] == 0

@@ -104,7 +104,7 @@ def test_gradient_accumulation_gives_the_same_step(train, write_config, tmp_path
             torch.testing.assert_close(tensor, whole[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("zero", [1, 2])
+@pytest.mark.parametrize("zero", [1, 2, 3])
 def test_zero_stages_give_the_same_adapter_on_one_rank(train, write_config, tmp_path, zero):
     for stage in (0, zero):
         assert train(write_config(train={"zero": stage}, out=str(tmp_path / f"zero{stage}")))[0] == 0

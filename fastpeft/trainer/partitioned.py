@@ -1,0 +1,137 @@
+"""ZeRO stage 3: every weight, frozen ones too, is divided among the ranks and gathered while it is in use.
+
+DeepSpeed is given the model that runs, and gathers weights by hooks on the modules that own them. A block that the
+engine runs reads the weights of its layers itself, without calling them, and takes a hook below it for somebody who
+wants to see every row. So all weights of a block are declared its own, gathered together before it runs, forward and
+backward, and released behind it, and what lies below it keeps no hook. (DeepSpeed's leaf modules would do the former,
+but reduce gradients of a block whose input needs none before they are there.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed
+from torch import nn
+
+from fastpeft.engine.block import BlockState
+from fastpeft.trainer.stepper import Stepper, state_keys
+
+
+class PartitionedStepper(Stepper):
+    """A `Stepper` for stage 3.
+
+    A forward pass is collective from here on: every rank has to call the model equally often.
+    """
+
+    def __init__(
+        self, model: nn.Module, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, micro_batch: int
+    ) -> None:
+        """Divide the model's weights, in place, and start DeepSpeed's engine.
+
+        Args:
+            model: What a step calls. Its parameters are empty outside of its modules' forward and backward passes.
+            named: The trained parameters, each once, by their names in a checkpoint.
+            optimizer: Over the same parameters.
+            micro_batch: Images of a micro-batch; DeepSpeed only reports it.
+        """
+        self.named = dict(named)
+        self.optimizer = optimizer
+        self.zero = 3
+        self._keys = state_keys(optimizer)
+        blocks = [m for m in model.modules() if isinstance(m.__dict__.get("fastpeft_block"), BlockState)]
+        trained = sum(parameter.numel() for parameter in self.named.values())
+        options = {
+            "stage": 3,
+            # Small weights are many in a transformer, and are gathered with a block's large ones in one go.
+            "stage3_param_persistence_threshold": 0,
+            # The bucket is allocated, two gigabytes of it by default; few parameters have gradients here.
+            "reduce_bucket_size": min(trained, 500_000_000),
+        }
+        with _without_new_hooks([module for module in model.modules() if _gathers_nothing(module, model, blocks)]):
+            self._start(model, micro_batch, options)
+        for block in blocks:
+            _own_all(block)
+        self._fill_state(0)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add a micro-batch's gradients, reduced over ranks."""
+        # What the engine's own forward does first: the next gradients are added to those that are there.
+        self._engine.optimizer.clear_backward_seen_flag()
+        super().backward(loss)
+
+    def skip(self) -> None:
+        """Not called: stage 3 does not run in fp16, where steps are left out."""
+        raise AssertionError("a step at ZeRO stage 3 cannot be left out")
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """The trained parameters as full CPU tensors, by name; collective."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {name: safe_get_full_fp32_param(p).detach().cpu().clone() for name, p in self.named.items()}
+
+    def load(self, tensors: Mapping[str, torch.Tensor], steps_taken: int) -> None:
+        """Continue from what `tensors` and `steps_taken` returned."""
+        from deepspeed.utils import safe_set_local_optimizer_state
+
+        self.load_parameters({name: tensors[f"param/{name}"] for name in self.named})
+        self._fill_state(steps_taken)
+        for key in self._keys:
+            for name, parameter in self.named.items():
+                safe_set_local_optimizer_state(parameter, _share(tensors[f"{key}/{name}"], parameter), key)
+
+    @torch.no_grad()
+    def load_parameters(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Set the trained parameters, each rank its share."""
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        for name, parameter in self.named.items():
+            share = _share(values[name], parameter)
+            # What the forward pass gathers may be the optimizer's own or a copy of it.
+            parameter.ds_tensor.copy_(share)
+            safe_set_local_fp32_param(parameter, share)
+
+    def _fill_state(self, steps_taken: int) -> None:
+        """Give every share the state that its first step would start from."""
+        for flat in self._engine.optimizer.fp32_partitioned_groups_flat:
+            state = {key: torch.zeros_like(flat, requires_grad=False) for key in self._keys}
+            self.optimizer.state[flat] = state | self._step_count(steps_taken, flat)
+
+
+def _gathers_nothing(module: nn.Module, model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+    """Whether no weight has to be there for the module's own sake: it lies in a block, or has no weight of its own."""
+    if module is model or module in blocks:
+        return False
+    inside = any(module is part for block in blocks for part in block.modules())
+    return inside or next(module.parameters(recurse=False), None) is None
+
+
+@contextlib.contextmanager
+def _without_new_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Remove the hooks that modules are given meanwhile."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    before = [(hooks, set(hooks)) for module in modules for hooks in (getattr(module, kind) for kind in kinds)]
+    yield
+    for hooks, kept in before:
+        for key in set(hooks) - kept:
+            del hooks[key]
+
+
+def _own_all(block: nn.Module) -> None:
+    """Let DeepSpeed gather the parameters of all layers of a block for the block itself."""
+    import deepspeed
+
+    own = {id(parameter) for parameter in block.parameters(recurse=False)}
+    for parameter in block.parameters():
+        if id(parameter) not in own:
+            deepspeed.zero.register_external_parameter(block, parameter)
+
+
+def _share(value: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+    """This rank's share of a full tensor; the last one is filled up with zeros."""
+    size = parameter.ds_tensor.numel()
+    rank = torch.distributed.get_rank()
+    share = value.flatten()[rank * size : (rank + 1) * size]
+    return nn.functional.pad(share, (0, size - share.numel())).to(parameter.ds_tensor)
