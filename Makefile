@@ -23,7 +23,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 help:
 	@echo "make train      set up .venv, fine-tune on $(CONFIG), compare with the literal implementation"
 	@echo "make test       set up .venv, run the test suite (minutes)"
-	@echo "make test-slow  the tests that take longer"
+	@echo "make test-slow  the tests that take longer; also compiles the CUDA kernels, with an nvcc of its own"
 	@echo "make setup      .venv alone, with everything the other commands need"
 	@echo "make lint       formatter and linter, reporting only"
 	@echo "make clean      remove .venv, builds and caches"
@@ -37,8 +37,8 @@ train: setup
 test: setup
 	$(PYTEST)
 
-test-slow: setup
-	$(PYTEST) -m slow
+test-slow: setup $(STAMPS)/nvcc
+	FASTPEFT_TEST_NVCC=$(abspath .venv/nvcc/nvidia/cu13) $(PYTEST) -m slow
 
 lint: setup
 	$(BIN)/ruff format --check .
@@ -73,4 +73,10 @@ $(STAMPS)/project: $(STAMPS)/packages setup.py $(wildcard csrc/cpu/*)
 	@echo "set-up 4/4: fastpeft with its native library"
 	@$(INSTALL) --no-build-isolation --no-deps --editable .
 	@$(BIN)/python -c "from fastpeft import _native; print('native library:', _native.status())"
+	@touch $@
+
+# Apart from the packages: torch may have brought another version of CUDA.
+$(STAMPS)/nvcc: $(STAMPS)/venv csrc/cuda/requirements.txt
+	@echo "set-up for test-slow: nvcc"
+	@$(PIP) install -qq --disable-pip-version-check --no-deps --upgrade --target .venv/nvcc -r csrc/cuda/requirements.txt
 	@touch $@

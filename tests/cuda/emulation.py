@@ -6,6 +6,7 @@ The kernels' own source runs, thread by thread; emulator.h says what is checked 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 import shutil
 import subprocess
@@ -97,6 +98,11 @@ class Emulator:
         self._library.emulate_attention_workspace.restype = c_int64
         self._library.emulate_conflicts.restype = c_int64
         self.conflicts = 0
+
+    @property
+    def shared_memory(self) -> list[int]:
+        """Bytes of shared memory a block, of every launch of the last call of a method."""
+        return list(iter(map(self._library.emulate_shared, itertools.count()).__next__, -1))
 
     def _run(
         self, function: str, call: ctypes.Structure, tensors: dict[str, Tensor], outputs: tuple[str, ...], seed: int

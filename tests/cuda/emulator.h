@@ -72,6 +72,7 @@ struct Range {
 inline std::vector<Range> ranges;
 inline bool anywhere = false;  // all memory may be touched, and only alignment is checked
 inline int64_t conflicts = 0;
+inline std::vector<int> shared_of_launches;  // bytes
 inline uint64_t seed = 0;
 
 struct Barrier {
@@ -558,6 +559,7 @@ void launch(void (*kernel)(Params), int64_t blocks, int threads, int shared_byte
   if (shared_bytes > kSharedLimit) {
     throw Error(std::to_string(shared_bytes) + " bytes of shared memory are more than a block may have");
   }
+  shared_of_launches.push_back(shared_bytes);
   std::mt19937_64 random(seed);
   for (Range& range : ranges) range.written.assign(range.end - range.begin, false);
   block.kernel = reinterpret_cast<const void*>(&kernel);

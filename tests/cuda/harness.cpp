@@ -88,7 +88,16 @@ int64_t emulate_conflicts() {
   return found;
 }
 
-void emulate_forget() { emulator::ranges.clear(); }
+void emulate_forget() {
+  emulator::ranges.clear();
+  emulator::shared_of_launches.clear();
+}
+
+// Shared memory of a launch since the last emulate_forget, in bytes, or -1 behind the last.
+int emulate_shared(int launch) {
+  const auto& all = emulator::shared_of_launches;
+  return launch < static_cast<int>(all.size()) ? all[launch] : -1;
+}
 
 void emulate_announce(const char* begin, int64_t bytes, int writable) {
   emulator::ranges.push_back({begin, begin + bytes, writable != 0, {}});

@@ -176,7 +176,9 @@ def test_what_attention_refuses(chip, words):
     arguments, options = ATTENTION_REFUSALS[words](*(t.contiguous() for t in parts(draw()[0])))
     found = cuda_attention.reasons(*arguments, **{"scale": 0.125, **options})
     assert len(found) == 1 and words in found[0], found
-    if not {"bias", "dropout", "prompt_index"} & set(options) and not any(w in words for w in ("together", "int64", "meta")):
+    if not {"bias", "dropout", "prompt_index"} & set(options) and not any(
+        w in words for w in ("together", "int64", "meta")
+    ):
         with pytest.raises(RuntimeError, match="fastpeft_cuda: "):
             cuda_attention.forward(*arguments, **{"scale": 0.125, **options})
 
