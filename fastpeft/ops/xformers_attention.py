@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,39 @@ def _beside(rows: Tensor, prompt: Tensor | None, prompt_index: Tensor | None) ->
     if prompt is not None:
         if prompt_index is not None:
             prompt = prompt[prompt_index]
-        rows = torch.cat((rows, prompt.expand(len(rows), -1, -1, -1)), dim=2)
+        # xformers takes one dtype, and masters would make fp32 of all.
+        rows = torch.cat((rows, prompt.to(rows.dtype).expand(len(rows), -1, -1, -1)), dim=2)
     return rows.transpose(1, 2)
+
+
+# Modules of xformers.ops.fmha, in the order in which xformers itself tries them.
+_KERNELS = ("flash3", "flash", "cutlass")
+
+
+def _kernel(direction: str, q: Tensor, keys: Tensor, values: Tensor, causal: bool, scale: float) -> tuple[Any, str]:
+    """The first of xformers' kernels that serves these arguments, or None and each one's reasons.
+
+    Args:
+        direction: "FwOp" or "BwOp".
+        q: (B, Nq, H, D), and so are keys and values.
+        keys: see q.
+        values: see q.
+        causal: query i sees keys 0..i.
+        scale: of the scores.
+    """
+    from xformers.ops import fmha
+
+    inputs = fmha.Inputs(q, keys, values, attn_bias=_mask(causal), p=0.0, scale=scale)
+    refusals = []
+    for name in _KERNELS:
+        operator = getattr(getattr(fmha, name, None), direction, None)
+        if operator is None:
+            continue
+        why = operator.not_supported_reasons(inputs)
+        if not why:
+            return operator, ""
+        refusals.append(f"{operator.NAME}: {', '.join(why)}")
+    return None, "; ".join(refusals) or "it has none of those known here"
 
 
 def reasons(
@@ -40,16 +73,16 @@ def reasons(
         found.append("dropout would be drawn from xformers' own generator")
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         found.append(f"xformers has no kernel for {q.dtype}")
+    if not q.dtype == k.dtype == v.dtype:
+        found.append(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
     if found:
         return found
-    from xformers.ops import fmha
-
-    shapes = (t.transpose(1, 2) for t in (q, k, v))
-    inputs = fmha.Inputs(*shapes, attn_bias=_mask(causal), p=0.0, scale=scale)
-    refusals = [(operator.NAME, operator.not_supported_reasons(inputs)) for operator in fmha.ALL_FW_OPS]
-    if any(not why for _, why in refusals):
-        return []
-    return [f"xformers {name}: {', '.join(why)}" for name, why in refusals]
+    tensors = [t.transpose(1, 2) for t in (q, k, v)]
+    for direction, words in (("FwOp", "forward"), ("BwOp", "backward")):
+        operator, why = _kernel(direction, *tensors, causal, scale)
+        if operator is None:
+            found.append(f"xformers has no {words} kernel for this ({why})")
+    return found
 
 
 def _mask(causal: bool):
@@ -63,14 +96,16 @@ def _mask(causal: bool):
 def forward(
     q, k, v, prompt_k=None, prompt_v=None, *, causal: bool = False, scale: float, prompt_index=None, **unused
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, H, Nq, D) and log-sum-exp, laid out as xformers' backward pass wants it."""
+    """Output (B, H, Nq, D) and log-sum-exp (B, H, Nq)."""
     from xformers.ops import fmha
 
-    keys, values = _beside(k, prompt_k, prompt_index), _beside(v, prompt_v, prompt_index)
+    tensors = (q.transpose(1, 2), _beside(k, prompt_k, prompt_index), _beside(v, prompt_v, prompt_index))
+    operator, _ = _kernel("FwOp", *tensors, causal, scale)
     out, lse = fmha.memory_efficient_attention_forward_requires_grad(
-        q.transpose(1, 2), keys, values, attn_bias=_mask(causal), scale=scale
+        *tensors, attn_bias=_mask(causal), scale=scale, op=operator
     )
-    return out.transpose(1, 2), lse
+    # One of its kernels pads the rows; any of its backward kernels takes them without.
+    return out.transpose(1, 2), lse[:, :, : q.shape[2]]
 
 
 def backward(
@@ -92,16 +127,18 @@ def backward(
     """Gradients of q, k, v and the prompts; None where not needed."""
     from xformers.ops import fmha
 
-    keys, values = _beside(k, prompt_k, prompt_index), _beside(v, prompt_v, prompt_index)
+    if not any(needs):
+        return (None,) * 5
+    tensors = (q.transpose(1, 2), _beside(k, prompt_k, prompt_index), _beside(v, prompt_v, prompt_index))
+    operator, _ = _kernel("BwOp", *tensors, causal, scale)
     gradients = fmha.memory_efficient_attention_backward(
-        dout.transpose(1, 2),
+        dout.transpose(1, 2).contiguous(),
         out.transpose(1, 2),
         lse,
-        q.transpose(1, 2),
-        keys,
-        values,
+        *tensors,
         attn_bias=_mask(causal),
         scale=scale,
+        op=operator,
     )
     dq, dk, dv = (gradient.transpose(1, 2) for gradient in gradients)
     tokens = k.shape[-2]
@@ -118,4 +155,4 @@ def _of_prompt(gradient: Tensor, prompt: Tensor, prompt_index: Tensor | None) ->
     if prompt_index is not None:
         summed = torch.zeros(prompt.shape, dtype=torch.float32, device=prompt.device)
         return summed.index_add_(0, prompt_index, gradient.float()).to(prompt.dtype)
-    return gradient if prompt.dim() == 4 else gradient.sum(0, dtype=torch.float32).to(prompt.dtype)
+    return (gradient if prompt.dim() == 4 else gradient.sum(0, dtype=torch.float32)).to(prompt.dtype)
