@@ -1,4 +1,4 @@
-"""What is asked of xformers and how it is called, on a stand-in with its interface; and the real one where it is there."""
+"""What is asked of xformers and how it is called, on a stand-in; and the real one where it is installed."""
 
 from __future__ import annotations
 
