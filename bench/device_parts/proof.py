@@ -1,8 +1,8 @@
 """What results show to be right and faster than its reference: the lines that `fastpeft.ops.proven` may be given.
 
-Right: `verify` has rows of every format, and none of them is wrong or failed; a case that the implementation refuses is
-none of its own, since the reference runs there. Faster: in every case of `ops`, forward and with its backward pass,
-than the reference beside it.
+Right: `verify` has rows of every format, and none of them is wrong or failed; a case or a format that the implementation
+refuses is none of its own, since the reference runs there. Faster: in every case of `ops`, forward and with its backward
+pass, than the reference beside it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from collections.abc import Iterator, Mapping
 from bench.device_parts.operators import default_variant
 from bench.device_parts.rows import Results
 from bench.device_parts.settings import FORMATS
+
+# Of `ops` on a GPU.
+TIMED_FORMAT = "bfloat16"
 
 
 def lines(results: Results) -> list[str]:
@@ -56,7 +59,7 @@ def _not_right(operator: str, name: str, verified: Mapping[str, Mapping]) -> Ite
         bad = sum("error" in row or row.get("passed") is False for row in rows)
         if bad:
             yield f"{bad} of {len(rows)} cases in {kind} wrong or failed"
-        elif not right:
+        elif not right and (not rows or kind == TIMED_FORMAT):
             yield f"no case verified in {kind}"
 
 

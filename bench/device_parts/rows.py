@@ -77,6 +77,12 @@ def failed(row: Mapping[str, object]) -> bool:
     return isinstance(variants, Mapping) and any(failed(variant) for variant in variants.values())
 
 
+def crashed(row: Mapping[str, object]) -> bool:
+    """Whether a row, or a variant in it, ended with an error, which may have left the device in any state."""
+    variants = row.get("variants")
+    return "error" in row or (isinstance(variants, Mapping) and any(map(crashed, variants.values())))
+
+
 def describe(row: Mapping[str, object]) -> str:
     """What kept a row from being a good one, in a line."""
     if "error" in row:

@@ -111,7 +111,7 @@ class Settings:
         return batch(shape.batch, shape.image_size, CLASSES, dtype, self.device, seed)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def _plain(name: str, image_size: int, tiny: bool, device: torch.device, dtype: torch.dtype) -> nn.Module:
     # Drawing half a billion random numbers takes a CPU longer than a row does.
     with device:

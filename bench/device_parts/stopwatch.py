@@ -13,8 +13,8 @@ import torch
 
 from bench.timing import Step, Timing, interleave
 
-# More than any GPU's last cache, and cycles for the CPU to queue some tens of kernels in.
-_FLUSH_BYTES, _BUSY_CYCLES = 256 << 20, 1_000_000
+# More than any GPU's last cache, and some two milliseconds for the CPU to queue tens of kernels in.
+_FLUSH_BYTES, _BUSY_CYCLES = 256 << 20, 4_000_000
 
 
 def device_times(

@@ -7,7 +7,7 @@ do not see, so `reserved_bytes`, what the allocator has taken from the device fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -19,6 +19,7 @@ from bench.device_parts.settings import DTYPES, Settings, Shape
 from bench.memory import cuda_peak, saved_bytes
 from bench.timing import Step, Timing, floor, floor_operations, interleave
 
+Prepare = Callable[[], TrainingStep | Inference]
 # A recorded step is one from its fifth call on; what is compiled is fast from its third on.
 _WARM_UP = 5
 
@@ -35,16 +36,22 @@ def row(settings: Settings, shape: Shape, method: str | None, prepared: Prepared
     """
     ceilings = measure(settings.device, DTYPES[settings.dtype], settings.tiny)
     steps: dict[str, Step] = {}
-    variants: dict[str, dict] = {}
     operations = 0
     if method is not None:
         literal = other(settings, shape, method, "literal")
         count = token_rows(literal, shape.batch)
         steps["floor"], operations = floor(literal, count), floor_operations(literal, count)
-    for name, prepare in prepared:
-        variants[name] = outcome(lambda name=name, prepare=prepare: _ready(settings, name, prepare, steps), trace=True)
-        collect()
-    timings = interleave(steps, device=settings.device, turns=settings.turns, warmup=1, budget=seconds)
+    given = dict(prepared)
+    recorded = {name: given[name] for name in given if name.endswith("-graph")}
+    variants = _make_ready(settings, {name: given[name] for name in given if name not in recorded}, steps)
+    timings = _take_turns(settings, steps, seconds / 2 if recorded else seconds)
+    if recorded:
+        # A recording that fails can break what runs after it, so the others have their figures by now.
+        graphs = _make_ready(settings, recorded, steps)
+        together = outcome(lambda: _take_turns(settings, steps, seconds / 2), trace=True)
+        failure = together if {"error", "unavailable"} & together.keys() else {}
+        variants |= {name: graph | failure for name, graph in graphs.items()}
+        timings = timings if failure else together
     found: dict[str, object] = {"batch": shape.batch, "ceilings": ceilings.to_dict(), "variants": variants}
     bottom = timings.pop("floor", None)
     if bottom is not None:
@@ -57,15 +64,26 @@ def row(settings: Settings, shape: Shape, method: str | None, prepared: Prepared
     return found
 
 
+def _make_ready(settings: Settings, prepared: Mapping[str, Prepare], steps: dict[str, Step]) -> dict[str, dict]:
+    """Prepare steps, and add those that can be had; each one's memory, or why it cannot."""
+    found = {}
+    for name, prepare in prepared.items():
+        found[name] = outcome(lambda name=name, prepare=prepare: _ready(settings, name, prepare, steps), trace=True)
+        collect()
+    return found
+
+
+def _take_turns(settings: Settings, steps: Mapping[str, Step], seconds: float) -> dict[str, Timing]:
+    return interleave(steps, device=settings.device, turns=settings.turns, warmup=1, budget=seconds)
+
+
 def _rate(operations: int, timing: Timing, ceiling: float) -> dict[str, float]:
     """Rate of the unavoidable products in a step; attention's, prompts' and factors' are not counted."""
     tflops = operations / timing.median / 1e12
     return {"tflops": tflops, "of_gemm_ceiling": tflops / ceiling}
 
 
-def _ready(
-    settings: Settings, name: str, prepare: Callable[[], TrainingStep | Inference], steps: dict[str, Step]
-) -> dict[str, object]:
+def _ready(settings: Settings, name: str, prepare: Prepare, steps: dict[str, Step]) -> dict[str, object]:
     """Prepare a step and bring it up to speed; its memory."""
     before = torch.cuda.memory_reserved(settings.device) if settings.cuda else 0
     step = prepare()

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from bench.device_parts.rows import Row, clean, outcome
+from bench.device_parts.rows import Row, clean, crashed, outcome
 
 _READY = {"ready": True}
 
@@ -59,6 +59,9 @@ class Worker:
         except BrokenPipeError:
             answer = None
         if answer is not None:
+            if crashed(answer):
+                # An illegal access, or a recording that failed, breaks whatever the process does next.
+                self.close()
             return answer
         status, self._process = process.wait(), None
         return {"error": f"the process ended with status {status} before the row was done; see {self._log.name}"}

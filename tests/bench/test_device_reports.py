@@ -73,6 +73,15 @@ def test_a_case_that_is_refused_is_no_counterexample():
     assert '("mlp", "cuda", 90): ("cuda",)' in concluded(rows, timed("mlp", reference=3.0, cuda=1.0))[-1]
 
 
+def test_a_format_that_is_refused_is_no_counterexample_unless_it_is_the_one_that_is_timed():
+    ops = timed("mlp", reference=3.0, cuda=1.0)
+    refused = {"unavailable": "float32 is not one of float16 and bfloat16"}
+    rows = verified("mlp", "cuda") | {"operator/mlp/cuda/float32/a case": refused}
+    assert '("mlp", "cuda", 90): ("cuda",)' in concluded(rows, ops)[-1]
+    rows |= {"operator/mlp/cuda/bfloat16/a case": refused}
+    assert "no case verified in bfloat16" in concluded(rows, ops)[0]
+
+
 def test_only_the_variant_that_users_get_is_proven():
     rows = verified("mlp", "triton:fused") | verified("mlp", "triton:beside")
     lines = concluded(rows, timed("mlp", reference=3.0, triton_fused=1.0, triton_beside=2.0))

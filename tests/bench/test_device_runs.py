@@ -12,8 +12,9 @@ import torch
 import fastpeft
 from bench import device
 from bench.cases import TrainingStep, batch, create_model
-from bench.device_parts import wheels, zero
+from bench.device_parts import timed, wheels, zero
 from bench.device_parts.models import GraphedStep
+from bench.device_parts.settings import Settings
 
 
 def test_a_recorded_step_is_the_same_step_until_it_is_replayed():
@@ -35,6 +36,36 @@ def test_a_recorded_step_is_the_same_step_until_it_is_replayed():
     assert not recorded
     assert [float(step()) for _ in range(2)] == [7.0, 7.0]
     assert len(recorded) == 1 and len(replayed) == 2
+
+
+class Breaking(TrainingStep):
+    """Takes as many steps as it has, then fails."""
+
+    left = 0
+
+    def __call__(self):
+        if self.left == 0:
+            raise RuntimeError("the recording is gone")
+        self.left -= 1
+        return super().__call__()
+
+
+@pytest.mark.parametrize("left", [0, 6], ids=["at once", "in turns"])
+def test_a_recorded_step_that_breaks_costs_the_others_nothing(left):
+    settings = Settings(device._parser().parse_args(["--device", "cpu", "--tiny", "--turns", "1"]))
+    images, labels = batch(2, 32, 5, torch.float32, "cpu")
+    model = create_model("vit_tiny_patch16_224", 5, 32, depth=1)
+
+    def breaking():
+        step = Breaking(model, images, labels)
+        step.left = left
+        return step
+
+    prepared = [("broken-graph", breaking), ("sound", lambda: TrainingStep(model, images, labels))]
+    found = timed.row(settings, settings.shape(), None, iter(prepared), 1.0)["variants"]
+    assert found["sound"]["median_ms"] > 0
+    assert "the recording is gone" in found["broken-graph"]["error"]
+    assert "median_ms" not in found["broken-graph"]
 
 
 @pytest.fixture

@@ -19,6 +19,9 @@ for line in sys.stdin:
         os._exit(7)
     if key == "hang":
         time.sleep(600)
+    if key == "fail":
+        print(json.dumps({"variants": {"a": {"error": "an illegal access"}}}), flush=True)
+        continue
     print(json.dumps({"passed": True, "key": key, "process": os.getpid()}), flush=True)
 """
 
@@ -34,6 +37,12 @@ def test_one_process_serves_many_rows(worker):
     first, second = worker("a"), worker("b")
     assert (first["key"], second["key"]) == ("a", "b")
     assert first["process"] == second["process"]
+
+
+def test_an_error_ends_the_process_whose_device_it_may_have_broken(worker):
+    first = worker("a")["process"]
+    assert worker("fail")["variants"]["a"]["error"] == "an illegal access"
+    assert worker("b")["process"] != first
 
 
 def test_a_crash_costs_its_row(worker):
