@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fastpeft.engine.branches import attention_branch, join, mlp_branch
 from fastpeft.engine.description import BlockSpec, child
 from fastpeft.engine.extensions import Extension, KeyValues, LowRanks, Noise, Prompts
 from fastpeft.engine.hooks import any_hooks, call_under_hooks, draws
@@ -40,6 +41,7 @@ class BlockState:
         carry_in: prompt rows behind the token rows of the input.
         carry_out: prompt rows behind the token rows of the output.
         host: the state of the transformer that the block belongs to.
+        packs: frozen weights in the order of a backend that packs them; made by it.
     """
 
     spec: BlockSpec
@@ -47,6 +49,7 @@ class BlockState:
     extensions: tuple[str, ...] = ()
     carry_in: int = 0
     carry_out: int = 0
+    packs: object | None = None
 
 
 def run_block(
@@ -124,13 +127,43 @@ class BlockRun:
             attn_mask, causal = _causal(tokens, x.shape[1], x.device), False
         if attn_mask is not None and attn_mask.shape[-2] > out:
             attn_mask = attn_mask[..., :out, :]
-        h = self._norm("norm1", x)
         p = None if own is None else self._norm("norm1", own)
-        branch = self._container(self.spec.attn, lambda h: self._attention(h, p, out, attn_mask, causal), h)
-        x, h = self._add_and_norm(x[:, :out], branch, h[:, :out])
-        branch = self._container(self.spec.mlp, self._mlp, h)
-        x = self._add("2", "ffn", x, branch, h)
+        whole = attn_mask is None and not causal and out == x.shape[1]
+        x, h = self._attention_branch(x, p, out, attn_mask, causal, whole)
+        x = self._mlp_branch(x, h)
         return x[:, :keep] if keep < out else x
+
+    def _attention_branch(
+        self, x: Tensor, p: Tensor | None, out: int, mask: Tensor | None, causal: bool, whole: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The first `out` rows of x + attention, and their norm2 if it came with them."""
+        if whole:
+            y = attention_branch(self, x, lambda: self._extra(p, x.dtype), not self._adapted("attn"))
+            if y is not None:
+                return self._around("1", "attn", x, y), None
+        h = self._norm("norm1", x)
+        branch = self._container(self.spec.attn, lambda h: self._attention(h, p, out, mask, causal), h)
+        return self._add_and_norm(x[:, :out], branch, h[:, :out])
+
+    def _mlp_branch(self, x: Tensor, h: Tensor | None) -> Tensor:
+        if h is None:
+            y = mlp_branch(self, x, not self._adapted("ffn"))
+            if y is not None:
+                return self._around("2", "ffn", x, y)
+            h = self._norm("norm2", x)
+        branch = self._container(self.spec.mlp, self._mlp, h)
+        return self._add("2", "ffn", x, branch, h)
+
+    def _adapted(self, location: str) -> bool:
+        return any(adapter.acts_on(location) for adapter in self.adapters)
+
+    def _around(self, index: str, location: str, x: Tensor, y: Tensor) -> Tensor:
+        """What an operator gave for a branch: the sum, or, where there are adapters, the branch alone."""
+        if not self._adapted(location):
+            return y
+        parallel = any(adapter.acts_on(location) and adapter.mode != "serial" for adapter in self.adapters)
+        normed = self._norm("norm" + index, x) if parallel else None
+        return x + self._adapt(location, y, normed)
 
     def _prompt_rows(self, x: Tensor) -> Tensor | None:
         """Rows that this block inserts: (p, d) if the batch shares them, else (B, p, d)."""
@@ -172,18 +205,19 @@ class BlockRun:
         return x + self._inner("drop_path" + index, self._branch(index, location, branch, normed))
 
     def _branch(self, index: str, location: str, branch: Tensor, normed: Tensor) -> Tensor:
-        branch = self._inner("scale" + index, branch)
+        return self._adapt(location, self._inner("scale" + index, branch), normed)
+
+    def _adapt(self, location: str, branch: Tensor, normed: Tensor | None) -> Tensor:
         for adapter in self.adapters:
             if adapter.acts_on(location):
                 branch = adapter.apply_to(location, branch, normed, self.backends["adapter"])
         return branch
 
-    def _add_and_norm(self, x: Tensor, branch: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum behind attention, and its norm."""
+    def _add_and_norm(self, x: Tensor, branch: Tensor, normed: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The sum behind attention, and its norm if one operator gives both."""
         norm = self._fusable_norm("norm2")
-        if norm is None or not self._idle("drop_path1"):
-            x = self._add("1", "attn", x, branch, normed)
-            return x, self._norm("norm2", x)
+        if norm is None or not self.idle("drop_path1"):
+            return self._add("1", "attn", x, branch, normed), None
         gamma = None
         if "scale1" in self.spec.layer_scales and not any(adapter.acts_on("attn") for adapter in self.adapters):
             gamma = child(self.block, self.spec.inner["scale1"]).gamma
@@ -203,7 +237,7 @@ class BlockRun:
             return None
         return child(self.block, self.spec.inner[role])
 
-    def _idle(self, role: str) -> bool:
+    def idle(self, role: str) -> bool:
         """Whether the module of a role hands on what it is given."""
         path = self.spec.inner.get(role)
         module = None if path is None else child(self.block, path)
@@ -225,15 +259,19 @@ class BlockRun:
             q, k, v = self._qkv(h, 0, 3)
         q = self._inner("q_norm", self._heads(q))
         k, v = self._inner("k_norm", self._heads(k)), self._heads(v)
-        extra = [] if p is None else [self._prompt_keys_values(p)]
-        for extension in self.extensions:
-            if isinstance(extension, KeyValues):
-                extra.append(tuple(self._heads(rows.to(k.dtype)) for rows in extension.keys_values()))
-        pk, pv = _join(extra, h.shape[0])
+        pk, pv = join(self._extra(p, k.dtype), h.shape[0])
         options = {"dropout": self.attn_drop, "backend": self.backends["prompt_attention"]}
         y = prompt_attention(q, k, v, pk, pv, mask, causal, spec.scale, **options)
         y = self._inner("attn_norm", y.transpose(1, 2).flatten(2))
         return self._inner("proj_drop", self._linear("o", y))
+
+    def _extra(self, p: Tensor | None, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of the prompt rows p and of what methods add as such."""
+        extra = [] if p is None else [self._prompt_keys_values(p)]
+        for extension in self.extensions:
+            if isinstance(extension, KeyValues):
+                extra.append(tuple(self._heads(rows.to(dtype)) for rows in extension.keys_values()))
+        return extra
 
     def _concatenates(self) -> bool:
         """Whether attention copies keys and values to put those of prompts beside them."""
@@ -268,7 +306,7 @@ class BlockRun:
         if spec.fused_qkv:
             fused = spec.roles["qkv"]
             splits = [spec.roles[role].out_features for role in "qkv"]
-            terms = self._terms("qkv", "q", "k", "v")
+            terms = self.terms("qkv", "q", "k", "v")
             backend = self.backends["lora_linear"]
             return project(child(self.block, fused.path), h, splits, terms, first, last, backend)
         return [self._linear(role, h) for role in "qkv"[first:last]]
@@ -277,9 +315,10 @@ class BlockRun:
         projection = self.spec.roles[role]
         layer = child(self.block, projection.path)
         backend = self.backends["lora_linear"]
-        return project(layer, x, [projection.out_features], self._terms(role), 0, 1, backend)[0]
+        return project(layer, x, [projection.out_features], self.terms(role), 0, 1, backend)[0]
 
-    def _terms(self, *roles: str) -> list[LowRankTerm]:
+    def terms(self, *roles: str) -> list[LowRankTerm]:
+        """What methods add to the layers of these roles."""
         terms = []
         for extension in self.low_ranks:
             for role in roles:
@@ -309,7 +348,7 @@ class BlockRun:
         plain = is_reference("mlp", self.backends["mlp"]) and self.state.host.memory != "balanced"
         if plain or self.hooked or self.spec.activation is None:
             return None
-        if not all(map(self._idle, ("drop1", "mlp_norm", "drop2"))) or self._terms("fc1", "fc2"):
+        if not all(map(self.idle, ("drop1", "mlp_norm", "drop2"))) or self.terms("fc1", "fc2"):
             return None
         weights = []
         for role in ("fc1", "fc2"):
@@ -320,16 +359,6 @@ class BlockRun:
         if any(t is not None and t.requires_grad for t in weights):
             return None
         return tuple(weights)
-
-
-def _join(pairs: list[tuple[Tensor, Tensor]], batch: int) -> tuple[Tensor | None, Tensor | None]:
-    if not pairs:
-        return None, None
-    if len(pairs) == 1:
-        return pairs[0]
-    if any(k.dim() == 4 for k, _ in pairs):
-        pairs = [(k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in pairs]
-    return torch.cat([k for k, _ in pairs], dim=-2), torch.cat([v for _, v in pairs], dim=-2)
 
 
 def _widen(mask: Tensor, tokens: int, prompts: int) -> Tensor:

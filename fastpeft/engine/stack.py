@@ -14,7 +14,7 @@ from fastpeft.engine.clock import DropoutClock
 from fastpeft.engine.description import HostSpec, child
 from fastpeft.engine.extensions import Extension, Noise
 from fastpeft.engine.hooks import replaced
-from fastpeft.ops.choose import OPERATORS
+from fastpeft.ops.choose import CHOICES
 
 # What a training step keeps for its backward pass: all it needs; the activation's derivative in eight bits where
 # activations are in half precision; each block's input alone.
@@ -37,7 +37,7 @@ class HostState:
     clock: DropoutClock | None = None
     backbone_eval: bool = False
     memory: str = "fast"
-    backends: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(OPERATORS, "auto"))
+    backends: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(CHOICES, "auto"))
 
     def noise(self) -> Noise | None:
         """The masks of the forward that the clock stands at."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastpeft.native.memory import pool
+
 BLOCK = 32
 
 
@@ -18,7 +20,7 @@ def blocks(count: int) -> int:
 
 def empty(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """An uninitialised blocked tensor."""
-    return torch.empty(blocks(rows), blocks(columns), BLOCK, BLOCK, dtype=dtype)
+    return pool.empty(blocks(rows), blocks(columns), BLOCK, BLOCK, dtype=dtype)
 
 
 def to_rows(x: Tensor, rows: int) -> Tensor:

@@ -17,7 +17,9 @@ _KEPT = {None: 0, torch.bfloat16: 1, torch.uint8: 2}
 _STORE, _RESIDUAL, _ACTIVATE, _SCALE = range(4)
 
 
-class _Matrix(ctypes.Structure):
+class Matrix(ctypes.Structure):
+    """A matrix of activations: rows apart by any stride, or blocked; nothing, if made without arguments."""
+
     _fields_ = [
         ("data", ctypes.c_void_p),
         ("stride", ctypes.c_int64),
@@ -26,7 +28,8 @@ class _Matrix(ctypes.Structure):
     ]
 
     @classmethod
-    def of(cls, t: Tensor | None) -> _Matrix:
+    def of(cls, t: Tensor | None) -> Matrix:
+        """Of (rows, columns), of a blocked tensor, of None."""
         if t is None:
             return cls()
         if t.dim() == 4:
@@ -37,9 +40,9 @@ class _Matrix(ctypes.Structure):
 class _Gemm(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "columns", "depth", "extra")),
-        *((name, _Matrix) for name in ("a", "c", "other")),
+        *((name, Matrix) for name in ("a", "c", "other")),
         *((name, ctypes.c_void_p) for name in ("weight", "extra_weight", "down_weight", "down_bias")),
-        ("a2", _Matrix),
+        ("a2", Matrix),
         *((name, ctypes.c_void_p) for name in ("bias", "statistics", "kept")),
         ("epsilon", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ("prologue", "epilogue", "activation", "keep", "threads")),
@@ -143,14 +146,14 @@ def gemm(
         columns=weight.columns,
         depth=weight.depth,
         extra=0 if extra is None else extra.depth,
-        a=_Matrix.of(a),
-        c=_Matrix.of(c),
-        other=_Matrix.of(other),
+        a=Matrix.of(a),
+        c=Matrix.of(c),
+        other=Matrix.of(other),
         weight=weight.data.data_ptr(),
         extra_weight=None if extra is None else extra.data.data_ptr(),
         down_weight=None if down is None else down.data.data_ptr(),
         down_bias=pointer(down_bias),
-        a2=_Matrix.of(a2),
+        a2=Matrix.of(a2),
         bias=pointer(bias),
         statistics=pointer(statistics),
         kept=pointer(kept),

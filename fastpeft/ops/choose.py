@@ -30,6 +30,8 @@ from fastpeft.errors import FastPEFTError
 from fastpeft.ops.proven import PROVEN
 
 OPERATORS = ("prompt_attention", "layer_norm", "lora_linear", "adapter", "mlp")
+# What can be chosen: the operators, and a block's branches as wholes, which are the operators' composition otherwise.
+CHOICES = (*OPERATORS, "block")
 BACKENDS = ("reference", "cpu", "triton", "cuda", "xformers")
 
 # Where an implementation is, what it is made with, and the smallest compute capability it runs on.
@@ -42,6 +44,7 @@ _MODULES: dict[tuple[str, str], str] = {
     ("prompt_attention", "cuda"): "fastpeft.ops.cuda_attention",
     ("adapter", "cuda"): "fastpeft.ops.cuda_adapter",
     ("prompt_attention", "xformers"): "fastpeft.ops.xformers_attention",
+    ("block", "cpu"): "fastpeft.native.block",
 }
 _PACKAGES = {"triton": "triton", "xformers": "xformers"}
 _CAPABILITY = {"triton": 75, "cuda": 80, "xformers": 75}
@@ -111,7 +114,7 @@ def asked(backend: str, environment: Mapping[str, str] | None = None) -> dict[st
     """
     environment = os.environ if environment is None else environment
     wishes = {}
-    for operator in OPERATORS:
+    for operator in CHOICES:
         names = (f"{VARIABLE}_{operator.upper()}", VARIABLE)
         source = next((name for name in names if environment.get(name)), "backend")
         wish = environment.get(source, backend)
@@ -210,7 +213,7 @@ def say_once(message: str) -> None:
 def table(chip: Chip) -> list[tuple[str, str, str]]:
     """(operator, backend, what is to be said of it on this chip) of every implementation."""
     rows = []
-    for operator in OPERATORS:
+    for operator in CHOICES:
         rows.append((operator, "reference", "always there"))
         for name, backend in _MODULES:
             if name == operator:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastpeft.ops import choose
-from fastpeft.ops.choose import OPERATORS, BackendError, Chip, asked, emulated, unavailable
+from fastpeft.ops.choose import CHOICES, OPERATORS, BackendError, Chip, asked, emulated, unavailable
 
 CPU = torch.device("cpu")
 H100, A100, T4, OLD = Chip("cuda", 90), Chip("cuda", 80), Chip("cuda", 75), Chip("cuda", 70)
@@ -118,7 +118,7 @@ def test_missing_packages_are_named(monkeypatch):
 
 
 def test_wishes_come_from_the_environment_first():
-    assert asked("auto", {}) == dict.fromkeys(OPERATORS, "auto")
+    assert asked("auto", {}) == dict.fromkeys(CHOICES, "auto")
     assert set(asked("triton", {}).values()) == {"triton"}
     found = asked("triton", {"FASTPEFT_BACKEND_MLP": "reference"})
     assert found.pop("mlp") == "reference" and set(found.values()) == {"triton"}
@@ -141,7 +141,7 @@ def test_unknown_names(source, environment):
 
 def test_the_table_says_something_of_everything(installed):
     rows = choose.table(H100)
-    assert [row[0] for row in rows if row[1] == "reference"] == list(OPERATORS)
+    assert [row[0] for row in rows if row[1] == "reference"] == list(CHOICES)
     assert all(row[2] for row in rows)
     assert ("mlp", "triton", "only when asked for: not measured on this chip yet") in rows
 

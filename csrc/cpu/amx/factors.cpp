@@ -1,0 +1,82 @@
+// Gradients of a narrow factor: out = left^T right, left (rows x 32 n), right (rows x columns), out in fp32. Rows are the
+// depth of the product, so right's pairs of rows are interleaved on their way to the matrix unit, each once.
+
+#include "attention.h"
+#include "epilogues.h"
+
+namespace fastpeft {
+
+struct Factors {
+  int64_t rows, width, columns;  // width and columns are multiples of 32
+  Matrix left, right;
+  const float* statistics;  // of right's rows, which are then normalised; or null
+  float* out;               // width x columns
+  int32_t threads;
+};
+
+namespace {
+
+struct LeftTag;
+
+// 32 rows of a block of columns; zero behind the last row.
+FASTPEFT_INLINE void load_block(const Matrix& m, int64_t rows, int64_t row_block, int64_t column_block, __m512i out[kBlock]) {
+  const int64_t count = smaller(kBlock, rows - row_block * kBlock);
+  for (int64_t r = 0; r < count; ++r) out[r] = _mm512_loadu_si512(place(m, row_block, r, column_block));
+  for (int64_t r = count; r < kBlock; ++r) out[r] = _mm512_setzero_si512();
+}
+
+void run(const Factors& f, Range mine, bf16* left) {
+  const int64_t depth = ceil_div(f.rows, kBlock), wide = f.width / kBlock;
+  __m512i rows[kBlock];
+  alignas(64) bf16 right[kBlockSize];
+  alignas(64) float sums[kSums];
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t w = 0; w < wide; ++w) {
+      load_block(f.left, f.rows, k, w, rows);
+      put_left_transposed(rows, left + (w * depth + k) * kBlockSize);
+    }
+  for (int64_t n = mine.begin; n < mine.end; ++n)
+    for (int64_t w = 0; w < wide; ++w) {
+      zero_sums();
+      for (int64_t k = 0; k < depth; ++k) {
+        load_block(f.right, f.rows, k, n, rows);
+        if (f.statistics != nullptr) {
+          const int64_t count = smaller(kBlock, f.rows - k * kBlock);
+          for (int64_t r = 0; r < count; ++r) {
+            const float mean = f.statistics[k * kBlock + r], rstd = f.statistics[f.rows + k * kBlock + r];
+            const __m512 s = constant(rstd), shift = constant(-mean * rstd);
+            rows[r] = narrow(_mm512_fmadd_ps(low_half(rows[r]), s, shift), _mm512_fmadd_ps(high_half(rows[r]), s, shift));
+          }
+        }
+        put_right(rows, right);
+        multiply_step(left + (w * depth + k) * kBlockSize, right);
+      }
+      store_sums(sums);
+      for (int64_t r = 0; r < kBlock; ++r) {
+        const Row s = sums_of(sums, r);
+        float* out = f.out + (w * kBlock + r) * f.columns + n * kBlock;
+        _mm512_storeu_ps(out, s.low);
+        _mm512_storeu_ps(out + 16, s.high);
+      }
+    }
+}
+
+}  // namespace
+}  // namespace fastpeft
+
+FASTPEFT_EXPORT int32_t FASTPEFT_NAME(factors)(const fastpeft::Factors* factors) {
+  using namespace fastpeft;
+  const Factors& f = *factors;
+  const int64_t threads = smaller<int64_t>(f.threads, f.columns / kBlock);
+  bool enough = true;
+  parallel(static_cast<int>(threads), [&](int index) {
+    auto* left = static_cast<bf16*>(scratch<LeftTag>(ceil_div(f.rows, kBlock) * f.width * kBlock * 2));
+    if (left == nullptr) {
+      __atomic_store_n(&enough, false, __ATOMIC_RELAXED);
+      return;
+    }
+    const Tiles tiles;
+    run(f, part_of(f.columns / kBlock, threads, index), left);
+  });
+  return enough ? kOk : kNoMemory;
+}

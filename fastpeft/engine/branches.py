@@ -1,0 +1,179 @@
+"""Whether a block's branches can run as operators of their own, and what these are told.
+
+A branch is more than its operators one after another where everything in it is frozen but prompts and low-rank factors:
+LayerNorm and LayerScale then fold into the products, and nothing between the products has to be a tensor that anybody
+else can read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.engine.description import child
+from fastpeft.engine.linear import read
+from fastpeft.ops.choose import choose, is_reference
+from fastpeft.ops.lora_linear import LowRankTerm
+
+if TYPE_CHECKING:
+    from fastpeft.engine.block import BlockRun
+
+
+def attention_branch(
+    run: BlockRun, x: Tensor, extra: Callable[[], list[tuple[Tensor, Tensor]]], residual: bool
+) -> Tensor | None:
+    """x + branch (the branch alone without `residual`), or None if the block's attention has to be composed.
+
+    Args:
+        run: the block's forward.
+        x: (B, N, d), all rows of which are queries, keys and values; no mask.
+        extra: gives keys and values of prompts, (H, p, D) or (B, H, p, D).
+        residual: add x.
+    """
+    spec, wish = run.spec, run.backends["block"]
+    if run.attn_drop or not _folds(run, "1", ("q_norm", "k_norm", "attn_norm", "proj_drop")):
+        return None
+    qkv = _layers(run, ("qkv",) if spec.fused_qkv else ("q", "k", "v"))
+    out = _layers(run, ("o",))
+    if qkv is None or out is None:
+        return None
+    inner = spec.num_heads * spec.head_dim
+    widths = (x.shape[-1], inner, out.weights[0].shape[0])
+    module = choose("block", wish, x.device, lambda module: module.reasons(x, widths, spec.head_dim))
+    if module is None:
+        return None
+    norm = child(run.block, spec.inner["norm1"])
+    pack = _packer(run, module)
+    plan = module.Attention(
+        pack("qkv", qkv, norm, None),
+        pack("o", out, None, _gamma(run, "1")),
+        (qkv.places(module), out.places(module)),
+        spec.num_heads,
+        spec.head_dim,
+        spec.scale,
+        norm.eps,
+        residual,
+        run.state.host.memory == "balanced",
+    )
+    return module.AttentionBranch.apply(x, *join(extra(), x.shape[0]), plan, *qkv.factors, *out.factors)
+
+
+def mlp_branch(run: BlockRun, x: Tensor, residual: bool) -> Tensor | None:
+    """As `attention_branch`, for the MLP; x (B, n, d)."""
+    spec, wish = run.spec, run.backends["block"]
+    if spec.opaque_mlp or spec.activation is None or not _folds(run, "2", ("drop1", "mlp_norm", "drop2")):
+        return None
+    fc1, fc2 = _layers(run, ("fc1",)), _layers(run, ("fc2",))
+    if fc1 is None or fc2 is None:
+        return None
+    widths = (x.shape[-1], fc1.weights[0].shape[0], fc2.weights[0].shape[0])
+    module = choose("block", wish, x.device, lambda module: module.reasons(x, widths, None))
+    if module is None:
+        return None
+    norm = child(run.block, spec.inner["norm2"])
+    pack = _packer(run, module)
+    plan = module.Mlp(
+        pack("fc1", fc1, norm, None),
+        pack("fc2", fc2, None, _gamma(run, "2")),
+        (fc1.places(module), fc2.places(module)),
+        spec.activation,
+        norm.eps,
+        residual,
+        run.state.host.memory == "balanced",
+    )
+    return module.MlpBranch.apply(x, plan, *fc1.factors, *fc2.factors)
+
+
+class _Layers:
+    """Frozen linear layers side by side, with the terms beside them."""
+
+    def __init__(self, layers: Sequence[nn.Linear], terms: Sequence[LowRankTerm]):
+        self.weights = [layer.weight for layer in layers]
+        self.biases = [layer.bias for layer in layers]
+        self.terms = terms
+
+    @property
+    def factors(self) -> list[Tensor]:
+        return [factor for term in self.terms for factor in (term.a, term.b)]
+
+    def places(self, module: ModuleType) -> tuple:
+        return tuple(module.Place(term.start, term.stop, term.scale) for term in self.terms)
+
+
+def _layers(run: BlockRun, roles: tuple[str, ...]) -> _Layers | None:
+    """The layers of these roles, if they are frozen and what is beside them is nothing but factors."""
+    layers, terms, start = [], [], 0
+    for role in roles:
+        found = read(child(run.block, run.spec.roles[role].path))
+        if found is None:
+            return None
+        layer, own = found
+        if not all(_frozen(t) for t in (layer.weight, layer.bias)):
+            return None
+        added = run.terms("qkv", "q", "k", "v") if role == "qkv" else run.terms(role)
+        terms += [term._replace(start=term.start + start, stop=term.stop + start) for term in (*own, *added)]
+        layers.append(layer)
+        start += layer.weight.shape[0]
+    if any(term.dropout is not None or term.bias is not None for term in terms):
+        return None
+    if len({layer.bias is None for layer in layers}) > 1:
+        return None
+    return _Layers(layers, terms)
+
+
+def _frozen(t: Tensor | None) -> bool:
+    """Whether a tensor is a parameter of the model's own that nobody trains.
+
+    Sharded training puts other things in its place, whose memory comes and goes: nothing may be packed from them.
+    """
+    if t is None:
+        return True
+    return type(t) is nn.Parameter and not t.requires_grad and t.numel() > 0 and not hasattr(t, "ds_id")
+
+
+def _folds(run: BlockRun, index: str, idle: tuple[str, ...]) -> bool:
+    """Whether a branch is LayerNorm, products and LayerScale, frozen, and nobody looks."""
+    spec = run.spec
+    if run.hooked or is_reference("block", run.backends["block"]) or torch.compiler.is_compiling():
+        return False
+    if torch.is_autocast_enabled("cpu") or f"norm{index}" not in spec.layer_norms:
+        return False
+    if not all(map(run.idle, (*idle, f"drop_path{index}"))):
+        return False
+    norm = child(run.block, spec.inner[f"norm{index}"])
+    scale = f"scale{index}"
+    if scale not in spec.layer_scales and not run.idle(scale):
+        return False
+    return all(_frozen(t) for t in (norm.weight, norm.bias, _gamma(run, index)))
+
+
+def _gamma(run: BlockRun, index: str) -> Tensor | None:
+    scale = f"scale{index}"
+    return child(run.block, run.spec.inner[scale]).gamma if scale in run.spec.layer_scales else None
+
+
+def _packer(run: BlockRun, module: ModuleType):
+    """Packs layers by name, in the block's own store."""
+    if run.state.packs is None:
+        run.state.packs = module.Packs()
+
+    def pack(name: str, layers: _Layers, norm: nn.Module | None, gamma: Tensor | None):
+        affine = (None, None) if norm is None else (norm.weight, norm.bias)
+        return run.state.packs.layer(name, layers.weights, layers.biases, affine, gamma)
+
+    return pack
+
+
+def join(pairs: list[tuple[Tensor, Tensor]], batch: int) -> tuple[Tensor | None, Tensor | None]:
+    """Keys and values of several sources one behind the other; for each sample if one of them has them so."""
+    if not pairs:
+        return None, None
+    if len(pairs) == 1:
+        return pairs[0]
+    if any(k.dim() == 4 for k, _ in pairs):
+        pairs = [(k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in pairs]
+    return torch.cat([k for k, _ in pairs], dim=-2), torch.cat([v for _, v in pairs], dim=-2)

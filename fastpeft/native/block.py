@@ -1,0 +1,37 @@
+"""What the engine runs a frozen block's branches by on CPUs with a matrix unit: the operator "block", backend "cpu"."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastpeft import _native
+from fastpeft.native.blocked import BLOCK
+from fastpeft.native.branches import Attention, AttentionBranch, Mlp, MlpBranch
+from fastpeft.native.low_rank import Place
+from fastpeft.native.packs import Packs
+
+__all__ = ["Attention", "AttentionBranch", "Mlp", "MlpBranch", "Packs", "Place", "reasons"]
+
+# Heads begin within a block of 32 columns at a half of it at the earliest.
+_HEAD_STEP = 16
+
+
+def reasons(x: Tensor, widths: tuple[int, ...], head_dim: int | None) -> list[str]:
+    """Why a branch cannot run here; empty if it can.
+
+    Args:
+        x: (B, N, d), the branch's input.
+        widths: of everything that is multiplied: inputs, hidden units, outputs.
+        head_dim: of attention, or None.
+    """
+    found = []
+    if _native.cpu_level() != "amx":
+        found.append(f"it needs a CPU with AMX, this one has {_native.cpu_level()}")
+    if x.dtype != torch.bfloat16:
+        found.append(f"it computes in bfloat16, the activations are {str(x.dtype).removeprefix('torch.')}")
+    if any(width % BLOCK for width in widths):
+        found.append(f"widths must be multiples of {BLOCK}, they are {', '.join(map(str, widths))}")
+    if head_dim is not None and head_dim % _HEAD_STEP:
+        found.append(f"heads must be multiples of {_HEAD_STEP} wide, they are {head_dim}")
+    return found

@@ -1,0 +1,235 @@
+"""The two branches of a frozen transformer block, each with its residual sum, as a handful of products.
+
+    attention:  y = x + Wo attention(Wqkv LN(x); prompts)        MLP:  y = x + W2 act(W1 LN(x))
+
+The residual stream is row-major, everything between is blocked: what one product writes, the next reads as it is. Kept for
+the backward pass are x, two numbers a row of it, queries, keys, values and the output of attention, and the derivative of
+the activation; with `balanced` queries, keys and values are computed again, and the derivative has eight bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastpeft.native import blocked, low_rank
+from fastpeft.native.attention import Heads, Shape, attention_backward, attention_forward
+from fastpeft.native.layer_norm import layer_norm_backward
+from fastpeft.native.low_rank import LowRank, Place
+from fastpeft.native.memory import pool
+from fastpeft.native.packs import Layer
+from fastpeft.ops.autocast import without_autocast
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A block's attention branch.
+
+    Attributes:
+        qkv: the fused projection, with the LayerNorm before it.
+        out: the projection behind, with the LayerScale.
+        places: of the low-rank terms beside each of the two.
+        num_heads, head_dim, scale: as in the block's description.
+        epsilon: of the LayerNorm.
+        residual: add x to the branch.
+        balanced: keep less, compute again.
+    """
+
+    qkv: Layer
+    out: Layer
+    places: tuple[tuple[Place, ...], tuple[Place, ...]]
+    num_heads: int
+    head_dim: int
+    scale: float
+    epsilon: float
+    residual: bool
+    balanced: bool
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """A block's MLP branch; attributes as of `Attention`."""
+
+    fc1: Layer
+    fc2: Layer
+    places: tuple[tuple[Place, ...], tuple[Place, ...]]
+    activation: str
+    epsilon: float
+    residual: bool
+    balanced: bool
+
+
+def _pairs(factors: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(factors[::2], factors[1::2], strict=True))
+
+
+def _low_ranks(
+    layers: tuple[Layer, Layer], places: tuple[tuple[Place, ...], tuple[Place, ...]], factors: tuple[Tensor, ...]
+) -> tuple[LowRank | None, LowRank | None]:
+    """The terms of two layers, whose factors follow on each other."""
+    pairs = _pairs(factors)
+    count = len(places[0])
+    parts = (pairs[:count], places[0]), (pairs[count:], places[1])
+    return tuple(LowRank(layer, *part) if part[0] else None for layer, part in zip(layers, parts, strict=True))
+
+
+def _split(needed: tuple[bool, ...], first: int) -> tuple[list[tuple[bool, bool]], list[tuple[bool, bool]]]:
+    pairs = list(zip(needed[::2], needed[1::2], strict=True))
+    return pairs[:first], pairs[first:]
+
+
+class AttentionBranch(torch.autograd.Function):
+    """(x, prompt_k, prompt_v, plan, *factors) -> y; x (B, N, d), prompts (H, p, D), (B, H, p, D) or None."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, prompt_k: Tensor | None, prompt_v: Tensor | None, plan: Attention, *factors: Tensor):
+        batch, tokens, width = x.shape
+        rows, inner = batch * tokens, plan.num_heads * plan.head_dim
+        flat = x.reshape(rows, width)
+        lows = _low_ranks((plan.qkv, plan.out), plan.places, factors)
+        statistics = torch.empty(2, rows)
+        qkv = blocked.empty(rows, 3 * inner)
+        u = low_rank.forward(plan.qkv, lows[0], flat, qkv, rows, statistics=statistics, epsilon=plan.epsilon)
+        attended = blocked.empty(rows, inner)
+        lse = _attend(plan, batch, tokens, qkv, prompt_k, prompt_v, attended)
+        y = pool.empty(rows, plan.out.weight.shape[0], dtype=x.dtype)
+        u_out = low_rank.forward(plan.out, lows[1], attended, y, rows, other=flat if plan.residual else None)
+        if any(ctx.needs_input_grad):
+            kept = None if plan.balanced else qkv
+            ctx.save_for_backward(flat, statistics, kept, attended, lse, prompt_k, prompt_v, u, u_out, *factors)
+            ctx.plan, ctx.batch, ctx.tokens = plan, batch, tokens
+        return y.view(batch, tokens, -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @without_autocast
+    def backward(ctx, dy: Tensor):
+        x, statistics, qkv, attended, lse, prompt_k, prompt_v, u, u_out, *factors = ctx.saved_tensors
+        plan, batch, tokens = ctx.plan, ctx.batch, ctx.tokens
+        rows, inner = x.shape[0], plan.num_heads * plan.head_dim
+        needs_x, needs_pk, needs_pv, _, *needs_factors = ctx.needs_input_grad
+        needs = _split(needs_factors, len(plan.places[0]))
+        lows = _low_ranks((plan.qkv, plan.out), plan.places, tuple(factors))
+        flat = dy.reshape(rows, -1)
+
+        before = needs_x or needs_pk or needs_pv or bool(needs[0])
+        dattended = blocked.empty(rows, inner) if before else None
+        du = low_rank.backward(plan.out, lows[1], flat, dattended, rows)
+        dfactors = [] if du is None else lows[1].gradients(attended, u_out, flat, du, rows, None, needs[1])
+        if not before:
+            return None, None, None, None, *dfactors
+
+        if qkv is None:
+            qkv = blocked.empty(rows, 3 * inner)
+            low_rank.forward(plan.qkv, lows[0], x, qkv, rows, statistics=statistics, epsilon=plan.epsilon)
+        tokens_too = needs_x or bool(needs[0])
+        dqkv = blocked.empty(rows, 3 * inner) if tokens_too else None
+        dpk, dpv = _attend_backward(
+            plan, batch, tokens, qkv, prompt_k, prompt_v, attended, lse, dattended, dqkv, (needs_pk, needs_pv)
+        )
+        dx = None
+        if tokens_too:
+            dxhat = blocked.empty(rows, x.shape[1]) if needs_x else None
+            du = low_rank.backward(plan.qkv, lows[0], dqkv, dxhat, rows)
+            if du is not None:
+                dfactors = lows[0].gradients(x, u, dqkv, du, rows, statistics, needs[0]) + dfactors
+            if needs_x:
+                dx = layer_norm_backward(dxhat, x, statistics, flat if plan.residual else None, pool.empty(*x.shape, dtype=x.dtype))
+                dx = dx.view(batch, tokens, -1)
+        if dpk is not None:
+            dpk = dpk.to(prompt_k.dtype)
+        if dpv is not None:
+            dpv = dpv.to(prompt_v.dtype)
+        return dx, dpk, dpv, None, *dfactors
+
+
+def _heads(plan: Attention, packed: Tensor, tokens: int) -> list[Heads]:
+    """Queries, keys and values side by side in a blocked tensor."""
+    inner = plan.num_heads * plan.head_dim
+    return [Heads.blocked(packed, tokens, part * inner) for part in range(3)]
+
+
+def _shape(plan: Attention, batch: int, tokens: int, prompt_k: Tensor | None) -> Shape:
+    prompts = 0 if prompt_k is None else prompt_k.shape[-2]
+    return Shape(batch, plan.num_heads, tokens, tokens, prompts, plan.head_dim)
+
+
+def _attend(plan, batch: int, tokens: int, qkv: Tensor, prompt_k, prompt_v, out: Tensor) -> Tensor:
+    return attention_forward(
+        _shape(plan, batch, tokens, prompt_k),
+        *_heads(plan, qkv, tokens),
+        Heads.strided(prompt_k),
+        Heads.strided(prompt_v),
+        Heads.blocked(out, tokens),
+        plan.scale,
+    )
+
+
+def _attend_backward(
+    plan, batch, tokens, qkv, prompt_k, prompt_v, out, lse, dout, dqkv: Tensor | None, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    gradients = [Heads()] * 3 if dqkv is None else _heads(plan, dqkv, tokens)
+    return attention_backward(
+        _shape(plan, batch, tokens, prompt_k),
+        *_heads(plan, qkv, tokens),
+        Heads.strided(prompt_k),
+        Heads.strided(prompt_v),
+        Heads.blocked(out, tokens),
+        lse,
+        plan.scale,
+        Heads.blocked(dout, tokens),
+        *gradients,
+        needs,
+    )
+
+
+class MlpBranch(torch.autograd.Function):
+    """(x, plan, *factors) -> y; x (B, N, d)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, plan: Mlp, *factors: Tensor):
+        flat = x.reshape(-1, x.shape[-1])
+        rows, hidden = flat.shape[0], plan.fc1.weight.shape[0]
+        lows = _low_ranks((plan.fc1, plan.fc2), plan.places, factors)
+        needed = any(ctx.needs_input_grad)
+        statistics = torch.empty(2, rows)
+        kept = None
+        if ctx.needs_input_grad[0] or lows[0] is not None and needed:
+            kept = blocked.empty(rows, hidden, torch.uint8 if plan.balanced else torch.bfloat16)
+        a = blocked.empty(rows, hidden)
+        options = {"statistics": statistics, "epsilon": plan.epsilon, "activation": plan.activation, "kept": kept}
+        u1 = low_rank.forward(plan.fc1, lows[0], flat, a, rows, **options)
+        y = pool.empty(rows, plan.fc2.weight.shape[0], dtype=x.dtype)
+        u2 = low_rank.forward(plan.fc2, lows[1], a, y, rows, other=flat if plan.residual else None)
+        if needed:
+            ctx.save_for_backward(flat, statistics, kept, None if lows[1] is None else a, u1, u2, *factors)
+            ctx.plan, ctx.shape = plan, x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @without_autocast
+    def backward(ctx, dy: Tensor):
+        x, statistics, kept, a, u1, u2, *factors = ctx.saved_tensors
+        plan, rows = ctx.plan, x.shape[0]
+        needs_x, _, *needs_factors = ctx.needs_input_grad
+        needs = _split(needs_factors, len(plan.places[0]))
+        lows = _low_ranks((plan.fc1, plan.fc2), plan.places, tuple(factors))
+        flat = dy.reshape(rows, -1)
+
+        before = needs_x or bool(needs[0])
+        dz = blocked.empty(rows, plan.fc1.weight.shape[0]) if before else None
+        du = low_rank.backward(plan.fc2, lows[1], flat, dz, rows, **({"kept": kept} if before else {}))
+        dfactors = [] if du is None else lows[1].gradients(a, u2, flat, du, rows, None, needs[1])
+        dx = None
+        if before:
+            dxhat = blocked.empty(rows, x.shape[1]) if needs_x else None
+            du = low_rank.backward(plan.fc1, lows[0], dz, dxhat, rows)
+            if du is not None:
+                dfactors = lows[0].gradients(x, u1, dz, du, rows, statistics, needs[0]) + dfactors
+            if needs_x:
+                dx = layer_norm_backward(dxhat, x, statistics, flat if plan.residual else None, pool.empty(*x.shape, dtype=x.dtype))
+                dx = dx.view(ctx.shape)
+        return dx, None, *dfactors

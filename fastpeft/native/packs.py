@@ -1,0 +1,139 @@
+"""Frozen linear layers as the matrix unit reads them, made once and made again when what they were made of changed.
+
+A pack folds the LayerNorm before the layer and the LayerScale behind it in:
+
+    y = gamma * (W (weight * xhat + bias_norm) + b) = W' xhat + b',   W' = gamma W diag(weight)
+
+An in-place change shows in the tensors' versions and addresses. Edits through `.data` do not: `verify` looks at samples of
+the values, and `clear` forgets everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastpeft.native.gemm import Weight, pack
+
+_SAMPLES = 16
+
+
+@dataclass
+class Layer:
+    """A frozen linear layer y = row_scale * (W (column_scale * xhat + shift) + b).
+
+    Attributes:
+        weight: W, (out, in).
+        column_scale: fp32 (in,), or None for ones.
+        shift: fp32 (in,), or None for zeros.
+        row_scale: fp32 (out,), or None for ones.
+        forward: packed for xhat W'^T.
+        bias: fp32 (out,), or None.
+    """
+
+    weight: Tensor
+    column_scale: Tensor | None
+    shift: Tensor | None
+    row_scale: Tensor | None
+    forward: Weight
+    bias: Tensor | None
+    _backward: Weight | None = None
+
+    @property
+    def backward(self) -> Weight:
+        """Packed for dy W'; made when first asked for."""
+        if self._backward is None:
+            self._backward = pack(self.weight.t(), self.row_scale, self.column_scale)
+        return self._backward
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the packs."""
+        return sum(w.data.nbytes for w in (self.forward, self._backward) if w is not None)
+
+
+def _layer(
+    weights: list[Tensor], biases: list[Tensor | None], norm: tuple[Tensor | None, ...], gamma: Tensor | None
+) -> Layer:
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    column_scale, shift = (None if t is None else t.float().contiguous() for t in norm)
+    row_scale = None if gamma is None else gamma.float().contiguous()
+    total = None if biases[0] is None else torch.cat([bias.float() for bias in biases])
+    if shift is not None:
+        moved = weight.float() @ shift
+        total = moved if total is None else total + moved
+    if row_scale is not None and total is not None:
+        total = total * row_scale
+    forward = pack(weight, column_scale, row_scale)
+    return Layer(weight, column_scale, shift, row_scale, forward, None if total is None else total.contiguous())
+
+
+class Packs:
+    """The packs of a block. They are not copied with it, nor saved."""
+
+    def __init__(self) -> None:
+        self._layers: dict[str, tuple[tuple, tuple[Tensor | None, ...], Tensor, Layer]] = {}
+
+    def __deepcopy__(self, memo: dict) -> Packs:
+        return Packs()
+
+    def __reduce__(self):
+        return Packs, ()
+
+    @torch.no_grad()
+    def layer(
+        self,
+        name: str,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        norm: tuple[Tensor | None, Tensor | None],
+        gamma: Tensor | None,
+    ) -> Layer:
+        """The layer of this name, packed anew if any of its tensors is another one than before or was changed.
+
+        Args:
+            name: of the layer in its block.
+            weights: (out, in) each, one below the other.
+            biases: (out,) each, or None for all.
+            norm: weight and bias of the LayerNorm before it, (in,) each or None.
+            gamma: (out,), LayerScale behind it, or None.
+        """
+        tensors = (*weights, *biases, *norm, gamma)
+        key = tuple(None if t is None else (t.data_ptr(), t._version, t.dtype) for t in tensors)
+        found = self._layers.get(name)
+        if found is not None and found[0] == key:
+            return found[3]
+        plain = tuple(None if t is None else t.detach() for t in tensors)
+        count = len(weights)
+        layer = _layer(plain[:count], plain[count : 2 * count], plain[2 * count : 2 * count + 2], plain[-1])
+        self._layers[name] = (key, plain, _sample(plain), layer)
+        return layer
+
+    @torch.no_grad()
+    def verify(self) -> None:
+        """Forget packs whose sources no longer hold what they held; looks at some of their values."""
+        for name, (_, sources, sample, _) in list(self._layers.items()):
+            if not torch.equal(_sample(sources), sample):
+                del self._layers[name]
+
+    def clear(self) -> None:
+        """Forget all packs."""
+        self._layers.clear()
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the packs."""
+        return sum(layer.bytes for *_, layer in self._layers.values())
+
+
+def _sample(sources: tuple[Tensor | None, ...]) -> Tensor:
+    """Some values of every source."""
+    parts = []
+    for t in sources:
+        if t is not None:
+            flat = t.reshape(-1)
+            parts.append(flat[:: max(1, flat.numel() // _SAMPLES)].float())
+    return torch.cat(parts)
