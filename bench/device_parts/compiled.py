@@ -50,7 +50,4 @@ def _noted(settings: Settings, row: dict[str, object]) -> dict[str, object]:
 
 def table(rows: Mapping[str, Mapping], results: Results) -> str:
     """Every variant, then the goals."""
-    lines = [of_record(rows)]
-    for key, row in rows.items():
-        lines += timed.lines(key, row)
-    return "\n".join([*lines, "", acceptance.table(results)])
+    return "\n".join([of_record(rows), *timed.lines(rows), "", acceptance.table(results)])

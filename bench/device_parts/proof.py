@@ -1,8 +1,8 @@
 """What results show to be right and faster than its reference: the lines that `fastpeft.ops.proven` may be given.
 
-Right: `verify` has rows of every format, and none of them is wrong or failed; a case or a format that the implementation
-refuses is none of its own, since the reference runs there. Faster: in every case of `ops`, forward and with its backward
-pass, than the reference beside it.
+Right: `verify` has rows of every format, and none of them is wrong or failed. Faster: in every case of `ops`, forward
+and with its backward pass, than the reference beside it. A case or a format that the implementation refuses counts
+neither way, since the reference runs there.
 """
 
 from __future__ import annotations

@@ -94,6 +94,19 @@ def describe(row: Mapping[str, object]) -> str:
     return "done"
 
 
+def grouped(rows: Mapping[str, Mapping]) -> list[str]:
+    """What kept rows from being good ones: those that are wrong or failed each, others by their reason."""
+    lines = [f"{key}: {describe(row)}" for key, row in rows.items() if "error" in row or row.get("passed") is False]
+    reasons: dict[str, list[str]] = {}
+    for key, row in rows.items():
+        if "unavailable" in row:
+            reasons.setdefault(str(row["unavailable"]), []).append(key)
+    for reason, keys in reasons.items():
+        more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+        lines.append(f"unavailable: {keys[0]}{more}: {reason}")
+    return lines
+
+
 def collect() -> None:
     """Give back memory that nobody holds any more."""
     gc.collect()

@@ -14,7 +14,7 @@ import torch
 from bench.cases import TrainingStep, token_rows
 from bench.device_parts.ceilings import measure
 from bench.device_parts.models import GraphedStep, Inference, Prepared, other, resident_bytes
-from bench.device_parts.rows import collect, describe, outcome
+from bench.device_parts.rows import collect, grouped, outcome
 from bench.device_parts.settings import DTYPES, Settings, Shape
 from bench.memory import cuda_peak, saved_bytes
 from bench.timing import Step, Timing, floor, floor_operations, interleave
@@ -112,25 +112,25 @@ def _memory(settings: Settings, step: TrainingStep | Inference, reserved_before:
     return found
 
 
-def lines(key: str, row: dict) -> list[str]:
-    """A row of results, one line a variant."""
-    if "variants" not in row:
-        return [f"{key}: {describe(row)}"]
-    found = [key]
-    if "floor" in row:
-        bottom = row["floor"]
-        found.append(f"  {'unavoidable products':<26} {bottom['median_ms']:9.2f} ms  {bottom['of_gemm_ceiling']:.2f}")
-    for name, variant in row["variants"].items():
-        if "median_ms" not in variant:
-            found.append(f"  {name:<26} {describe(variant)}")
+def lines(rows: Mapping[str, Mapping]) -> list[str]:
+    """Results, one line a row: milliseconds, share of the products' ceiling and memory of every variant."""
+    found, problems = [], {}
+    for key, row in rows.items():
+        if "variants" not in row:
+            problems[key] = row
             continue
-        line = f"  {name:<26} {variant['median_ms']:9.2f} ms"
-        if "of_gemm_ceiling" in variant:
-            line += (
-                f"  {variant['of_gemm_ceiling']:.2f} of products' ceiling, {variant['fraction_of_floor']:.2f} of floor"
-            )
-        for what in ("total", "reserved", "saved"):
-            if f"{what}_bytes" in variant:
-                line += f", {what} {variant[f'{what}_bytes'] / 2**20:.0f} MiB"
-        found.append(line)
-    return found
+        cells = [f"floor {row['floor']['median_ms']:.2f} ms"] if "floor" in row else []
+        for name, variant in row["variants"].items():
+            cells.append(_cell(name, variant))
+            if "median_ms" not in variant:
+                problems[f"{key}, {name}"] = variant
+        found.append(f"{key}: {' | '.join(cells)}")
+    return [*found, *grouped(problems)]
+
+
+def _cell(name: str, variant: Mapping) -> str:
+    if "median_ms" not in variant:
+        return f"{name} -"
+    memory = variant.get("total_bytes", variant.get("reserved_bytes"))
+    share = f", {variant['of_gemm_ceiling']:.2f} of ceiling" if "of_gemm_ceiling" in variant else ""
+    return f"{name} {variant['median_ms']:.2f} ms{share}" + (f", {memory / 2**20:.0f} MiB" if memory else "")

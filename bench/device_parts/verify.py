@@ -16,7 +16,7 @@ import fastpeft
 from bench.cases import METHODS
 from bench.device_parts import proof
 from bench.device_parts.operators import INTERPRETED_BFLOAT16, Builder, each, function_of, implementations, why_not
-from bench.device_parts.rows import Results, Row, Unavailable, describe
+from bench.device_parts.rows import Results, Row, Unavailable, grouped
 from bench.device_parts.settings import FORMATS, Settings, Shape
 from bench.parity import compare
 from fastpeft.ops.choose import chip_of
@@ -99,7 +99,7 @@ def _seed(settings: Settings) -> int:
 
 
 def table(rows: Mapping[str, Mapping], results: Results) -> str:
-    """One line a group of rows, those that are wrong one by one, and what can be added to `fastpeft.ops.proven`."""
+    """One line a group of rows, then those that are wrong, and what can be added to `fastpeft.ops.proven`."""
     groups: dict[str, list[Mapping]] = {}
     for key, row in rows.items():
         parts = key.split("/")
@@ -113,5 +113,4 @@ def table(rows: Mapping[str, Mapping], results: Results) -> str:
         nearest = max((float(row["relative_error"]) / row["bound"] for row in ran), default=None)
         share = "" if nearest is None else f"{nearest:.2f} of it"
         lines.append(f"{label:<52} {right:>6} {wrong:>6} {errors:>6} {absent:>6}   {share}")
-    lines += [f"{key}: {describe(row)}" for key, row in rows.items() if row.get("passed") is not True]
-    return "\n".join([*lines, "", *proof.lines(results)])
+    return "\n".join([*lines, *grouped(rows), "", *proof.lines(results)])

@@ -41,12 +41,13 @@ class Worker:
     Args:
         command: what starts it.
         log: file that its error stream is added to.
-        limit: seconds after which a row is given up.
+        limit: seconds after which a row is given up; may be changed.
         until: value of `time.perf_counter` after which every row is given up.
     """
 
     def __init__(self, command: Sequence[str], log: Path, limit: float, until: float = float("inf")) -> None:
-        self._command, self._log, self._limit, self._until = command, log, limit, until
+        self._command, self._log = command, log
+        self.limit, self.until = limit, until
         self._process: subprocess.Popen | None = None
 
     def __call__(self, key: str) -> dict[str, object]:
@@ -102,7 +103,7 @@ class Worker:
             late.set()
             _kill(process)
 
-        limit = min(self._limit, max(1.0, self._until - time.perf_counter()))
+        limit = min(self.limit, max(1.0, self.until - time.perf_counter()))
         timer = threading.Timer(limit, stop)
         timer.start()
         line = process.stdout.readline()

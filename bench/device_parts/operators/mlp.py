@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.device_parts.operators import Cases, Rival
@@ -90,5 +91,9 @@ def timed(tiny: bool) -> Cases:
 
 
 def rivals(given: Problem) -> dict[str, Rival]:
-    """None but the reference, which is plain PyTorch."""
-    return {}
+    """Both products without what lies between them, as cuBLAS computes them; the reference is plain PyTorch."""
+
+    def products(t: Tensors) -> tuple[Tensor]:
+        return (F.linear(F.linear(t["x"], t["weight1"], t["bias1"]), t["weight2"], t["bias2"]),)
+
+    return {"products": Rival(products, comparable=False, floor=True)}
