@@ -19,6 +19,8 @@ from pathlib import Path
 from bench.device_parts.rows import Row, clean, crashed, outcome
 
 _READY = {"ready": True}
+# For a process that has nothing left to do.
+_LAST_SECONDS = 10
 
 
 def serve(rows: Sequence[Row]) -> None:
@@ -72,9 +74,15 @@ class Worker:
         self._running()
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, by itself if it will, so that it can tidy up."""
         process, self._process = self._process, None
-        if process is not None:
+        if process is None:
+            return
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        try:
+            process.wait(timeout=_LAST_SECONDS)
+        except subprocess.TimeoutExpired:
             _kill(process)
             process.wait()
 
@@ -171,6 +179,8 @@ class Turns:
                 worker.close()
         if broken and not self.begun:
             raise broken[0]
+        for error in broken:
+            print(f"a process was given up: {error}", flush=True)
         return self.begun
 
     def _work(self, run: Callable[[Row], dict]) -> None:
