@@ -80,12 +80,15 @@ def problem(
 
     def call(t: Tensors, backend: str) -> tuple[Tensor]:
         words = Words(t["rows"], t["columns"]) if dropout else None
+        # Kernels convert prompts of another format themselves; torch's function takes one format.
+        prompts = [t.get(name) for name in ("prompt_k", "prompt_v")]
+        if masters and backend == "reference":
+            prompts = [prompt.to(t["q"].dtype) for prompt in prompts]
         out = prompt_attention(
             t["q"],
             t["k"],
             t["v"],
-            t.get("prompt_k"),
-            t.get("prompt_v"),
+            *prompts,
             attn_mask=t.get("mask"),
             causal=causal,
             dropout=dropout,
