@@ -59,7 +59,7 @@ def attention_branch(
         residual,
         run.state.host.memory == "balanced",
     )
-    return module.AttentionBranch.apply(x, *join(extra(), x.shape[0]), plan, *qkv.factors, *out.factors)
+    return module.attention_branch(x, *join(extra(), x.shape[0]), plan, [*qkv.factors, *out.factors])
 
 
 def mlp_branch(run: BlockRun, x: Tensor, residual: bool) -> Tensor | None:
@@ -85,7 +85,7 @@ def mlp_branch(run: BlockRun, x: Tensor, residual: bool) -> Tensor | None:
         residual,
         run.state.host.memory == "balanced",
     )
-    return module.MlpBranch.apply(x, plan, *fc1.factors, *fc2.factors)
+    return module.mlp_branch(x, plan, [*fc1.factors, *fc2.factors])
 
 
 class _Layers:

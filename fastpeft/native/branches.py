@@ -2,13 +2,15 @@
 
     attention:  y = x + Wo attention(Wqkv LN(x); prompts)        MLP:  y = x + W2 act(W1 LN(x))
 
-The residual stream is row-major, everything between is blocked: what one product writes, the next reads as it is. Kept for
-the backward pass are x, two numbers a row of it, queries, keys, values and the output of attention, and the derivative of
-the activation; with `balanced` queries, keys and values are computed again, and the derivative has eight bits.
+The residual stream is row-major, everything between is blocked: what one product writes, the next reads as it is. Kept
+for the backward pass are x, two numbers a row of it, queries, keys, values and the output of attention, and the
+derivative of the activation; with `balanced` queries, keys and values are computed again, and the derivative has eight
+bits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +63,29 @@ class Mlp:
     balanced: bool
 
 
+def attention_branch(
+    x: Tensor, prompt_k: Tensor | None, prompt_v: Tensor | None, plan: Attention, factors: Sequence[Tensor]
+) -> Tensor:
+    """The attention branch of x, differentiable in x, the prompts and the factors.
+
+    Args:
+        x: bf16 (B, N, d).
+        prompt_k: bf16 (H, p, D) shared by the batch, (B, H, p, D), or None; rows of D without gaps.
+        prompt_v: like prompt_k.
+        plan: everything that is frozen.
+        factors: A (r, in) and B (out, r) of every low-rank term, in the order of the plan's places.
+
+    Returns:
+        bf16 (B, N, out).
+    """
+    return _AttentionBranch.apply(x, prompt_k, prompt_v, plan, *factors)
+
+
+def mlp_branch(x: Tensor, plan: Mlp, factors: Sequence[Tensor]) -> Tensor:
+    """As `attention_branch`, for the MLP."""
+    return _MlpBranch.apply(x, plan, *factors)
+
+
 def _pairs(factors: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(factors[::2], factors[1::2], strict=True))
 
@@ -80,7 +105,7 @@ def _split(needed: tuple[bool, ...], first: int) -> tuple[list[tuple[bool, bool]
     return pairs[:first], pairs[first:]
 
 
-class AttentionBranch(torch.autograd.Function):
+class _AttentionBranch(torch.autograd.Function):
     """(x, prompt_k, prompt_v, plan, *factors) -> y; x (B, N, d), prompts (H, p, D), (B, H, p, D) or None."""
 
     @staticmethod
@@ -136,7 +161,9 @@ class AttentionBranch(torch.autograd.Function):
             if du is not None:
                 dfactors = lows[0].gradients(x, u, dqkv, du, rows, statistics, needs[0]) + dfactors
             if needs_x:
-                dx = layer_norm_backward(dxhat, x, statistics, flat if plan.residual else None, pool.empty(*x.shape, dtype=x.dtype))
+                dx = layer_norm_backward(
+                    dxhat, x, statistics, flat if plan.residual else None, pool.empty(*x.shape, dtype=x.dtype)
+                )
                 dx = dx.view(batch, tokens, -1)
         if dpk is not None:
             dpk = dpk.to(prompt_k.dtype)
@@ -185,7 +212,7 @@ def _attend_backward(
     )
 
 
-class MlpBranch(torch.autograd.Function):
+class _MlpBranch(torch.autograd.Function):
     """(x, plan, *factors) -> y; x (B, N, d)."""
 
     @staticmethod
@@ -196,7 +223,7 @@ class MlpBranch(torch.autograd.Function):
         needed = any(ctx.needs_input_grad)
         statistics = torch.empty(2, rows)
         kept = None
-        if ctx.needs_input_grad[0] or lows[0] is not None and needed:
+        if ctx.needs_input_grad[0] or (lows[0] is not None and needed):
             kept = blocked.empty(rows, hidden, torch.uint8 if plan.balanced else torch.bfloat16)
         a = blocked.empty(rows, hidden)
         options = {"statistics": statistics, "epsilon": plan.epsilon, "activation": plan.activation, "kept": kept}
@@ -230,6 +257,8 @@ class MlpBranch(torch.autograd.Function):
             if du is not None:
                 dfactors = lows[0].gradients(x, u1, dz, du, rows, statistics, needs[0]) + dfactors
             if needs_x:
-                dx = layer_norm_backward(dxhat, x, statistics, flat if plan.residual else None, pool.empty(*x.shape, dtype=x.dtype))
+                dx = layer_norm_backward(
+                    dxhat, x, statistics, flat if plan.residual else None, pool.empty(*x.shape, dtype=x.dtype)
+                )
                 dx = dx.view(ctx.shape)
         return dx, None, *dfactors

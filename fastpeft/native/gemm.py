@@ -1,4 +1,7 @@
-"""Products with a frozen weight on the matrix unit: C = epilogue(prologue(A) W^T + A2 W2^T). See csrc/cpu/amx/gemm.h."""
+"""Products with a frozen weight on the matrix unit. See csrc/cpu/amx/gemm.h.
+
+C = epilogue(prologue(A) W^T + A2 W2^T)
+"""
 
 from __future__ import annotations
 

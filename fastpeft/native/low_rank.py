@@ -2,7 +2,8 @@
 
     y += row_scale * scale * B (A (column_scale * xhat + shift))
 
-All terms of a layer are one pair of factors, filled up with zeros: A (width, in), B (out, width), width a multiple of 32.
+All terms of a layer are one pair of factors, filled up with zeros: A (width, in), B (out, width), width a multiple of
+32.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ A pack folds the LayerNorm before the layer and the LayerScale behind it in:
 
     y = gamma * (W (weight * xhat + bias_norm) + b) = W' xhat + b',   W' = gamma W diag(weight)
 
-An in-place change shows in the tensors' versions and addresses. Edits through `.data` do not: `verify` looks at samples of
-the values, and `clear` forgets everything.
+An in-place change shows in the tensors' versions and addresses. Edits through `.data` do not: `verify` looks at samples
+of the values, and `clear` forgets everything.
 """
 
 from __future__ import annotations

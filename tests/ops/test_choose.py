@@ -119,11 +119,11 @@ def test_missing_packages_are_named(monkeypatch):
 
 def test_wishes_come_from_the_environment_first():
     assert asked("auto", {}) == dict.fromkeys(CHOICES, "auto")
-    assert set(asked("triton", {}).values()) == {"triton"}
-    found = asked("triton", {"FASTPEFT_BACKEND_MLP": "reference"})
-    assert found.pop("mlp") == "reference" and set(found.values()) == {"triton"}
-    found = asked("auto", {"FASTPEFT_BACKEND": "triton", "FASTPEFT_BACKEND_ADAPTER": "auto"})
-    assert found.pop("adapter") == "auto" and set(found.values()) == {"triton"}
+    everywhere = dict.fromkeys(OPERATORS, "triton") | {"block": "auto"}
+    assert asked("triton", {}) == everywhere
+    assert asked("triton", {"FASTPEFT_BACKEND_MLP": "reference"}) == everywhere | {"mlp": "reference"}
+    environment = {"FASTPEFT_BACKEND": "triton", "FASTPEFT_BACKEND_ADAPTER": "auto"}
+    assert asked("auto", environment) == everywhere | {"adapter": "auto"}
 
 
 def test_one_name_for_all_leaves_out_what_does_not_have_it():
@@ -152,4 +152,5 @@ def test_real_modules_are_where_the_table_says():
     pytest.importorskip("triton")
     for (operator, backend), path in choose._MODULES.items():
         module = importlib.import_module(path)
-        assert callable(module.reasons) and callable(module.forward), (operator, backend)
+        runs = (module.attention_branch, module.mlp_branch) if operator == "block" else (module.forward,)
+        assert callable(module.reasons) and all(map(callable, runs)), (operator, backend)
