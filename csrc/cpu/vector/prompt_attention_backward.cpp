@@ -1,0 +1,182 @@
+// Gradients of attention, a head of a sample at a time, a block of queries at a time:
+//
+//     P = exp(scores - lse),   dP = dO V^T,   dS = P (dP - sum_d dO O)
+//     dQ = scale dS K,   dK += scale dS^T Q,   dV += P^T dO
+//
+// Only what is asked for is computed: where neither queries nor tokens need gradients, the prompts' columns alone.
+
+#include "prompt_attention.h"
+
+namespace fastpeft {
+namespace {
+
+struct BackwardTag;
+
+template <class T>
+class Backward {
+ public:
+  Backward(const Attention& a, float* memory)
+      : a_(a),
+        n_(a),
+        needs_q_(a.dq.data),
+        needs_scores_(a.dq.data || a.dk.data || a.dprompt_k),
+        keys_needed_(rows_of(a.dk.data, a.dprompt_k)),
+        values_needed_(rows_of(a.dv.data, a.dprompt_v)) {
+    const int64_t from = smaller(keys_needed_.begin, values_needed_.begin);
+    first_ = needs_q_ ? 0 : from / kPanel * kPanel;
+    const auto take = [&](int64_t count) {
+      float* mine = memory;
+      memory += count;
+      return mine;
+    };
+    keys_ = take(n_.transposed);
+    values_ = take(n_.transposed);
+    plain_keys_ = take(n_.panels);
+    q_panels_ = take(n_.block * whole_panels(a.dim));
+    dout_panels_ = take(n_.block * whole_panels(a.dim));
+    q_ = take(n_.block * n_.width);
+    dout_ = take(n_.block * n_.width);
+    dq_ = take(n_.block * n_.width);
+    p_ = take(n_.block * n_.line);
+    ds_ = take(n_.block * n_.line);
+    dk_ = take((n_.keys + kFewer) * n_.width);
+    dv_ = take((n_.keys + kFewer) * n_.width);
+  }
+
+  static int64_t size(const Attention& a) {
+    const Extent n(a);
+    return 2 * n.transposed + n.panels + n.block * (2 * whole_panels(a.dim) + 3 * n.width + 2 * n.line) +
+           2 * (n.keys + kFewer) * n.width;
+  }
+
+  // A head of a sample; sums for prompts are added to.
+  void run(int64_t b, int64_t h, float* dprompt_k, float* dprompt_v) {
+    put_transposed<T>(a_, a_.k, a_.prompt_k, b, h, first_, keys_);
+    if (needs_scores_) put_transposed<T>(a_, a_.v, a_.prompt_v, b, h, first_, values_);
+    if (needs_q_) put_plain<T>(a_, a_.k, a_.prompt_k, b, h, plain_keys_);
+    __builtin_memset(dk_, 0, (n_.keys + kFewer) * n_.width * sizeof(float));
+    __builtin_memset(dv_, 0, (n_.keys + kFewer) * n_.width * sizeof(float));
+    for (int64_t i = 0; i < a_.queries; i += n_.block) block(b, h, i, smaller(n_.block, a_.queries - i));
+    finish(dk_, a_.dk, dprompt_k, b, h, a_.scale);
+    finish(dv_, a_.dv, dprompt_v, b, h, 1.0f);
+  }
+
+ private:
+  // Keys whose gradient is needed, tokens' or prompts'.
+  Range rows_of(const void* tokens, const void* prompts) const {
+    const Range found = {tokens ? 0 : a_.tokens, prompts ? n_.keys : a_.tokens};
+    return tokens || prompts ? found : Range{n_.keys, n_.keys};
+  }
+
+  void block(int64_t b, int64_t h, int64_t first, int64_t count) {
+    float sums[48];  // of dO O
+    for (int64_t r = 0; r < count; ++r) {
+      const T *q = row_of<const T>(a_.q, b, h, first + r), *dout = row_of<const T>(a_.dout, b, h, first + r);
+      const T* out = row_of<const T>(a_.out, b, h, first + r);
+      put_row(q, a_.dim, q_ + r * n_.width);
+      put_row(dout, a_.dim, dout_ + r * n_.width);
+      put_panels(q, a_.dim, r, n_.block, q_panels_);
+      put_panels(dout, a_.dim, r, n_.block, dout_panels_);
+      Floats total[4] = {};
+      over(a_.dim, [&](int64_t d, auto how, int k) { total[k] += load(dout + d, how) * load(out + d, how); });
+      sums[r] = sum(total);
+    }
+    const int64_t columns = n_.keys - first_;
+    multiply<false, false>(count, columns, a_.dim, q_, n_.width, keys_ + first_ * a_.dim, a_.dim, p_ + first_, n_.line);
+    if (needs_scores_)
+      multiply<false, false>(count, columns, a_.dim, dout_, n_.width, values_ + first_ * a_.dim, a_.dim, ds_ + first_,
+                             n_.line);
+    const bool plain = !a_.bias && !a_.causal && !a_.row_words;
+    for (int64_t r = 0; r < count; ++r)
+      plain ? probabilities<true>(b, h, first + r, sums[r], p_ + r * n_.line, ds_ + r * n_.line)
+            : probabilities<false>(b, h, first + r, sums[r], p_ + r * n_.line, ds_ + r * n_.line);
+    if (needs_q_) {
+      multiply<false, false>(count, a_.dim, n_.keys, ds_, n_.line, plain_keys_, n_.keys, dq_, n_.width);
+      for (int64_t r = 0; r < count; ++r) {
+        T* dq = row_of<T>(a_.dq, b, h, first + r);
+        over(a_.dim, [&](int64_t d, auto how, int) { store(dq + d, load(dq_ + r * n_.width + d) * a_.scale, how); });
+      }
+    }
+    add_products(keys_needed_, count, ds_, q_panels_, dk_);
+    add_products(values_needed_, count, p_, dout_panels_, dv_);
+  }
+
+  FASTPEFT_INLINE void add_products(Range rows, int64_t count, const float* left, const float* right, float* out) {
+    multiply<true, true>(rows.end - rows.begin, a_.dim, count, left + rows.begin, n_.line, right, n_.block,
+                         out + rows.begin * n_.width, n_.width);
+  }
+
+  // Scores to probabilities, as dropout leaves them, and dP to dS.
+  template <bool plain>
+  FASTPEFT_INLINE void probabilities(int64_t b, int64_t h, int64_t i, float total, float* p, float* ds) {
+    const Row row(a_, b, h, i);
+    const float lse = a_.lse[(b * a_.heads + h) * a_.queries + i];
+    const float shift = lse == -kInfinity ? 0.0f : lse;
+    over_keys(first_, n_.keys, [&](int64_t j, int) {
+      Floats x = load(p + j);
+      if constexpr (plain) {
+        x *= a_.scale;
+        if (j + kWidth > n_.keys) x = lanes() < static_cast<int32_t>(n_.keys - j) ? x : all(-kInfinity);
+      } else {
+        x = row.logits(x, j);
+      }
+      x = exp(x - shift);
+      Floats kept = x;
+      if constexpr (!plain) kept *= row.kept(j);
+      store(p + j, kept);
+      if (needs_scores_) store(ds + j, kept * load(ds + j) - x * total);
+    });
+  }
+
+  // Sums of a head to where they belong.
+  void finish(const float* sums, const Heads& tokens, float* prompts, int64_t b, int64_t h, float factor) {
+    if (tokens.data)
+      for (int64_t j = 0; j < a_.tokens; ++j) {
+        T* out = row_of<T>(tokens, b, h, j);
+        over(a_.dim, [&](int64_t d, auto how, int) { store(out + d, load(sums + j * n_.width + d) * factor, how); });
+      }
+    if (prompts)
+      for (int64_t j = 0; j < a_.prompts; ++j) {
+        const float* mine = sums + (a_.tokens + j) * n_.width;
+        float* out = prompts + j * a_.dim;
+        over(a_.dim, [&](int64_t d, auto how, int) { store(out + d, load(out + d, how) + load(mine + d) * factor, how); });
+      }
+  }
+
+  const Attention& a_;
+  const Extent n_;
+  const bool needs_q_, needs_scores_;
+  const Range keys_needed_, values_needed_;
+  int64_t first_;  // key whose score is needed, in whole panels
+  float *keys_, *values_, *plain_keys_, *q_panels_, *dout_panels_, *q_, *dout_, *dq_, *p_, *ds_, *dk_, *dv_;
+};
+
+template <class T>
+int32_t backward(const Attention& a) {
+  const int64_t items = a.parts * a.heads, threads = team(a.threads, items);
+  bool enough = true;
+  parallel(static_cast<int>(threads), [&](int index) {
+    auto* memory = static_cast<float*>(scratch<BackwardTag>(Backward<T>::size(a) * sizeof(float)));
+    if (memory == nullptr) {
+      __atomic_store_n(&enough, false, __ATOMIC_RELAXED);
+      return;
+    }
+    Backward<T> head(a, memory);
+    const Range mine = part_of(items, threads, index);
+    for (int64_t item = mine.begin; item < mine.end; ++item) {
+      const Range samples = part_of(a.batch, a.parts, item / a.heads);
+      float* dprompt_k = a.dprompt_k ? a.dprompt_k + item * a.prompts * a.dim : nullptr;
+      float* dprompt_v = a.dprompt_v ? a.dprompt_v + item * a.prompts * a.dim : nullptr;
+      for (int64_t b = samples.begin; b < samples.end; ++b) head.run(b, item % a.heads, dprompt_k, dprompt_v);
+    }
+  });
+  return enough ? kOk : kNoMemory;
+}
+
+}  // namespace
+}  // namespace fastpeft
+
+FASTPEFT_EXPORT int32_t FASTPEFT_NAME(prompt_attention_backward)(const void* arguments) {
+  const auto& a = *static_cast<const fastpeft::Attention*>(arguments);
+  return a.half ? fastpeft::backward<fastpeft::bf16>(a) : fastpeft::backward<float>(a);
+}
