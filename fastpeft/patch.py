@@ -277,7 +277,8 @@ def unpatch(model: nn.Module, discard: bool = False) -> nn.Module:
 def refresh(model: nn.Module) -> nn.Module:
     """Read the structure of a patched model again, after parts of it were replaced or its weights edited by hand.
 
-    Nothing that depends on a weight is kept between forwards, so edited values need no refresh; replaced modules do.
+    Frozen weights that a backend has packed are packed again. Changes in place show by themselves, and so do replaced
+    parameters; edits through `.data` do not: call this, or `train()` or `eval()`, which look at samples of the values.
 
     Raises:
         UnsupportedModelError: the model is no longer one that the engine can run.
@@ -291,5 +292,6 @@ def refresh(model: nn.Module) -> nn.Module:
             )
         host.fastpeft_host.spec = spec
         for path, block_spec in spec.blocks:
-            host.get_submodule(path).fastpeft_block.spec = block_spec
+            state = host.get_submodule(path).fastpeft_block
+            state.spec, state.packs = block_spec, None
     return model

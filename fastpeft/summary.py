@@ -10,6 +10,7 @@ from fastpeft.engine.block import lost_layer
 from fastpeft.engine.description import child
 from fastpeft.engine.hooks import any_hooks
 from fastpeft.engine.linear import why_opaque
+from fastpeft.engine.stack import packs_of
 from fastpeft.engine.view import BlockView
 from fastpeft.models.wrappers import wrapped
 from fastpeft.ops.choose import is_reference
@@ -31,7 +32,8 @@ class Summary:
         backbone: number of parameters of the backbone.
         total: number of all parameters: the backbone's, the head's and the method's.
         share: trainable / total, as the VPT paper's cost table counts.
-        bytes: of all parameters and buffers, and of what the engine keeps besides ("packed").
+        bytes: of all parameters and buffers, and of frozen weights that a backend has
+            packed besides ("packed").
         merged: relative error of each folded projection, None before `merge`.
     """
 
@@ -74,10 +76,12 @@ def summary(model: nn.Module) -> Summary:
     left = [(f"{path}.{inner}".strip("."), why) for path, own in kept if own for inner, why in own.left_alone]
     fused = []
     backends: dict[str, str] = {}
+    packed = 0
     looked_into: set[str] = set()
     for prefix, host in hosts(model):
         for operator, wish in host.fastpeft_host.backends.items():
             backends[operator] = "reference" if is_reference(operator, wish) else wish
+        packed += sum(packs.bytes for packs in packs_of(host))
         for block in view_of(host).blocks:
             path = prefix + block.path
             what = ["attention"] + ([] if block.spec.opaque_mlp else ["mlp"])
@@ -112,7 +116,7 @@ def summary(model: nn.Module) -> Summary:
         backbone=backbone,
         total=total,
         share=trainable / total if total else 0.0,
-        bytes={"model": sum(stored.values()), "packed": 0},
+        bytes={"model": sum(stored.values()), "packed": packed},
         merged=record.merged if record else None,
     )
 

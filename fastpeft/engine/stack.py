@@ -51,11 +51,19 @@ class EngineHost(Adopted):
         """As usual, except that a frozen backbone stays in evaluation mode (dropout and stochastic depth off)."""
         super().train(mode)
         state: HostState = self.fastpeft_host
+        for packs in packs_of(self):
+            packs.verify()
         if mode and state.backbone_eval:
             for name, inner in self._modules.items():
                 if inner is not None and name not in state.spec.heads:
                     _rest(inner)
         return self
+
+
+def packs_of(host: nn.Module) -> list:
+    """What backends have packed of the host's frozen weights, block by block."""
+    states = [child(host, path).fastpeft_block for path, _ in host.fastpeft_host.spec.blocks]
+    return [state.packs for state in states if state.packs is not None]
 
 
 def _rest(module: nn.Module) -> None:

@@ -90,7 +90,6 @@ def attention_backward(
     v: Heads,
     prompt_k: Heads,
     prompt_v: Heads,
-    out: Heads,
     lse: Tensor,
     scale: float,
     dout: Heads,
@@ -109,7 +108,7 @@ def attention_backward(
         for needed in needs_prompts
     ]
     call = _Attention(
-        *shape, q, k, v, prompt_k, prompt_v, out, lse.data_ptr(), scale, threads, dout, dq, dk, dv,
+        *shape, q, k, v, prompt_k, prompt_v, Heads(), lse.data_ptr(), scale, threads, dout, dq, dk, dv,
         pointer(sums[0]), pointer(sums[1]), parts,
     )  # fmt: skip
     check(_function("backward")(ctypes.byref(call)))

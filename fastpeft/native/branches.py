@@ -3,9 +3,8 @@
     attention:  y = x + Wo attention(Wqkv LN(x); prompts)        MLP:  y = x + W2 act(W1 LN(x))
 
 The residual stream is row-major, everything between is blocked: what one product writes, the next reads as it is. Kept
-for the backward pass are x, two numbers a row of it, queries, keys, values and the output of attention, and the
-derivative of the activation; with `balanced` queries, keys and values are computed again, and the derivative has eight
-bits.
+for the backward pass are x, two numbers a row of it, queries, keys, values and the derivative of the activation; with
+`balanced` queries, keys and values are computed again, and the derivative has eight bits.
 """
 
 from __future__ import annotations
@@ -123,7 +122,9 @@ class _AttentionBranch(torch.autograd.Function):
         u_out = low_rank.forward(plan.out, lows[1], attended, y, rows, other=flat if plan.residual else None)
         if any(ctx.needs_input_grad):
             kept = None if plan.balanced else qkv
-            ctx.save_for_backward(flat, statistics, kept, attended, lse, prompt_k, prompt_v, u, u_out, *factors)
+            # Attention's own backward pass does not look at what it gave, the gradients of factors behind it do.
+            given = None if lows[1] is None else attended
+            ctx.save_for_backward(flat, statistics, kept, given, lse, prompt_k, prompt_v, u, u_out, *factors)
             ctx.plan, ctx.batch, ctx.tokens = plan, batch, tokens
         return y.view(batch, tokens, -1)
 
@@ -152,7 +153,7 @@ class _AttentionBranch(torch.autograd.Function):
         tokens_too = needs_x or bool(needs[0])
         dqkv = blocked.empty(rows, 3 * inner) if tokens_too else None
         dpk, dpv = _attend_backward(
-            plan, batch, tokens, qkv, prompt_k, prompt_v, attended, lse, dattended, dqkv, (needs_pk, needs_pv)
+            plan, batch, tokens, qkv, prompt_k, prompt_v, lse, dattended, dqkv, (needs_pk, needs_pv)
         )
         dx = None
         if tokens_too:
@@ -195,7 +196,7 @@ def _attend(plan, batch: int, tokens: int, qkv: Tensor, prompt_k, prompt_v, out:
 
 
 def _attend_backward(
-    plan, batch, tokens, qkv, prompt_k, prompt_v, out, lse, dout, dqkv: Tensor | None, needs: tuple[bool, bool]
+    plan, batch, tokens, qkv, prompt_k, prompt_v, lse, dout, dqkv: Tensor | None, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     gradients = [Heads()] * 3 if dqkv is None else _heads(plan, dqkv, tokens)
     return attention_backward(
@@ -203,7 +204,6 @@ def _attend_backward(
         *_heads(plan, qkv, tokens),
         Heads.strided(prompt_k),
         Heads.strided(prompt_v),
-        Heads.blocked(out, tokens),
         lse,
         plan.scale,
         Heads.blocked(dout, tokens),

@@ -1,8 +1,8 @@
 """Large tensors from memory that is kept between steps.
 
-A training step asks for the same sizes again and again. What the C library gives back to the system at every free comes
-back as pages of zeros, each at the price of a fault: for the activations of a block that is as long as a product. Here it
-stays, in pages of 2 MiB where the system has them, until another size is asked for.
+A training step asks for the same sizes again and again. What the C library gives back to the system at every free
+comes back as pages of zeros, each at the price of a fault: for the activations of a block that is as long as a product.
+Here it stays, in pages of 2 MiB where the system has them, until its size has not been asked for in a long time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What has been shown to be right and faster than what it replaces, by a result in bench/results.
 
-(operator, kind of device, compute capability) -> backends in order of preference. An implementation that has run on no
-chip is in nobody's way: it runs where it is asked for.
+(operator, kind of device, capability) -> backends in order of preference; the capability of a GPU is its compute
+capability, 90 for sm_90, that of a CPU the position of its instruction set in `fastpeft._native.LEVELS`. An
+implementation that has run on no chip is in nobody's way: it runs where it is asked for.
 
 What may be added is said by `python -m bench.device --part summary` after the parts `verify` and `ops` have run on the
 chip: a line for every implementation that has no wrong or failed row in `verify`, in bf16, fp16 or fp32, and is faster
@@ -11,5 +12,11 @@ committed with the line.
 
 from __future__ import annotations
 
-# Empty: no GPU has run the kernels yet.
-PROVEN: dict[tuple[str, str, int], tuple[str, ...]] = {}
+from fastpeft._native import LEVELS
+
+_AMX = list(LEVELS).index("amx")
+
+# No GPU has run the kernels yet.
+PROVEN: dict[tuple[str, str, int], tuple[str, ...]] = {
+    ("block", "cpu", _AMX): ("cpu",),
+}

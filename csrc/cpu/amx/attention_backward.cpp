@@ -1,10 +1,14 @@
 // Gradients of attention, a head of a sample at a time, 32 keys at a time, on transposed scores:
 //
-//   P^T = exp(scale * k q^T - lse),   dP^T = v dout^T,   dS^T = scale * P^T * (dP^T - delta),   delta = rowsum(dout * out)
-//   dv = P^T dout,   dk = dS^T q,   dq^T = k^T dS^T
+//   P^T = exp(scale * k q^T - lse),   dP^T = v dout^T,   dS^T = scale * P^T * (dP^T - delta)
+//   dv = P^T dout,   dk = dS^T q,   dq^T = k^T dS^T,   delta = sum over keys of P dP / sum over keys of P
 //
 // Transposed, P and dS come out as the left factors of dv and dk; pairs of rows of dS^T interleaved are the right factor
 // of dq^T. No matrix of probabilities is ever transposed.
+//
+// delta is also rowsum(dout * out), which needs no pass over the keys. But out is rounded: where keys have much in common,
+// the rows of dS then do not sum to zero, and dq is off by that sum times what the keys have in common. Summed over the
+// very probabilities that it is multiplied by, delta leaves nothing; and nobody has to keep out.
 
 #include "attention.h"
 #include "epilogues.h"
@@ -24,26 +28,33 @@ class Backward {
     key_rows_ = take(memory, n_.widths);
     value_rows_ = take(memory, n_.widths);
     keys_transposed_ = take(memory, n_.widths * n_.keys);
-    probabilities_ = take(memory, n_.queries);
+    probabilities_ = take(memory, n_.queries * n_.keys);
+    dprobabilities_ = reinterpret_cast<float*>(take(memory, 2 * n_.queries * n_.keys));
     slopes_ = take(memory, n_.queries);
     slopes_depth_ = take(memory, n_.queries * n_.keys);
     sums_ = reinterpret_cast<float*>(take(memory, 16));
     lse_ = reinterpret_cast<float*>(take(memory, ceil_div<int64_t>(n_.queries, 8)));
     delta_ = reinterpret_cast<float*>(take(memory, ceil_div<int64_t>(n_.queries, 8)));
+    total_ = reinterpret_cast<float*>(take(memory, ceil_div<int64_t>(n_.queries, 8)));
   }
 
   static int64_t blocks(const Attention& a) {
     const Extent n(a);
-    return 4 * n.queries * n.widths + 2 * n.widths + n.widths * n.keys + 2 * n.queries + n.queries * n.keys + 16 +
-           2 * ceil_div<int64_t>(n.queries, 8);
+    return 4 * n.queries * n.widths + 2 * n.widths + n.widths * n.keys + n.queries + 4 * n.queries * n.keys + 16 +
+           3 * ceil_div<int64_t>(n.queries, 8);
   }
 
   // dprompt_k, dprompt_v: (prompts, dim), added to; or null.
   void run(int64_t b, int64_t h, float* dprompt_k, float* dprompt_v) {
     pack_queries(b, h);
+    for (int64_t j = 0; j < n_.keys; ++j) probabilities(b, h, j);
+    for (int64_t i = 0; i < n_.queries * kBlock; i += 16)
+      _mm512_store_ps(delta_ + i, _mm512_div_ps(_mm512_load_ps(delta_ + i), _mm512_load_ps(total_ + i)));
+    const bool needs_slopes = a_.dq.data != nullptr || a_.dk.data != nullptr || dprompt_k != nullptr;
     for (int64_t j = first_; j < n_.keys; ++j) {
-      scores(b, h, j);
-      if (a_.dv.data != nullptr || dprompt_v != nullptr) gradient(b, h, j, probabilities_, douts_depth_, a_.dv, dprompt_v);
+      const bf16* p = probabilities_ + j * n_.queries * kBlockSize;
+      if (a_.dv.data != nullptr || dprompt_v != nullptr) gradient(b, h, j, p, douts_depth_, a_.dv, dprompt_v);
+      if (needs_slopes) slopes(j);
       if (a_.dk.data != nullptr || dprompt_k != nullptr) gradient(b, h, j, slopes_, queries_depth_, a_.dk, dprompt_k);
     }
     if (a_.dq.data != nullptr) query_gradient(b, h);
@@ -55,7 +66,6 @@ class Backward {
     const Source g = {&a_.dout, nullptr, a_.dim, b, h, a_.queries, 0};
     __m512i rows[kBlock];
     for (int64_t i = 0; i < n_.queries; ++i) {
-      __m512 deltas[kBlock];
       for (int64_t w = 0; w < n_.widths; ++w) {
         q.rows(i, w * kBlock, rows);
         put_right_transposed(rows, queries_ + (i * n_.widths + w) * kBlockSize);
@@ -63,26 +73,19 @@ class Backward {
         g.rows(i, w * kBlock, rows);
         put_right_transposed(rows, douts_ + (i * n_.widths + w) * kBlockSize);
         put_right(rows, douts_depth_ + (w * n_.queries + i) * kBlockSize);
-        const int64_t count = smaller(kBlock, a_.queries - i * kBlock);
-        for (int64_t r = 0; r < count; ++r) {
-          const __m512i out = load_piece(a_.out, a_.dim, b, h, i * kBlock + r, w * kBlock);
-          __m512 d = _mm512_mul_ps(low_half(rows[r]), low_half(out));
-          d = _mm512_fmadd_ps(high_half(rows[r]), high_half(out), d);
-          deltas[r] = w == 0 ? d : _mm512_add_ps(deltas[r], d);
-        }
       }
-      // What stands for a query that there is not: a probability of zero.
-      for (int64_t r = 0; r < kBlock; ++r) {
-        const int64_t row = i * kBlock + r;
-        const bool there = row < a_.queries;
-        lse_[row] = there ? kLog2E * a_.lse[(b * a_.heads + h) * a_.queries + row] : 1e30f;
-        delta_[row] = there ? _mm512_reduce_add_ps(deltas[r]) : 0.0f;
+      for (int64_t r = i * kBlock; r < (i + 1) * kBlock; ++r) {
+        // What stands for a query that there is not: probabilities of zero, and no division by their sum.
+        const bool there = r < a_.queries;
+        lse_[r] = there ? kLog2E * a_.lse[(b * a_.heads + h) * a_.queries + r] : 1e30f;
+        delta_[r] = 0.0f;
+        total_[r] = there ? 0.0f : 1.0f;
       }
     }
   }
 
-  // Probabilities and their gradients for 32 keys and all queries.
-  void scores(int64_t b, int64_t h, int64_t j) {
+  // Probabilities of 32 keys for all queries, and their gradients, which stay in fp32.
+  void probabilities(int64_t b, int64_t h, int64_t j) {
     const Source k = {&a_.k, &a_.prompt_k, a_.dim, b, h, a_.tokens, a_.prompts};
     const Source v = {&a_.v, &a_.prompt_v, a_.dim, b, h, a_.tokens, a_.prompts};
     __m512i rows[kBlock];
@@ -94,54 +97,75 @@ class Backward {
       put_left(rows, value_rows_ + w * kBlockSize);
     }
     const int64_t count = smaller(kBlock, a_.tokens + a_.prompts - j * kBlock);
-    multiply_scores(0);
+    const __m512 factor = constant(a_.scale * kLog2E);
+    multiply_scores(j, 0);
     for (int64_t i = 0; i < n_.queries; ++i) {
       // The matrix unit is ahead by one block of queries.
-      if (i + 1 < n_.queries) multiply_scores(i + 1);
-      const float* s = sums_ + (i & 1) * 2 * kSums;
-      const __m512 factor = constant(a_.scale * kLog2E), scale = constant(a_.scale);
+      if (i + 1 < n_.queries) multiply_scores(j, i + 1);
+      const float* s = sums_ + (i & 1) * kSums;
+      const float* dp = dprobabilities_ + (j * n_.queries + i) * kSums;
+      bf16* p = probabilities_ + (j * n_.queries + i) * kBlockSize;
+      float *delta = delta_ + i * kBlock, *total = total_ + i * kBlock;
       const __m512 lse[2] = {_mm512_load_ps(lse_ + i * kBlock), _mm512_load_ps(lse_ + i * kBlock + 16)};
-      const __m512 delta[2] = {_mm512_load_ps(delta_ + i * kBlock), _mm512_load_ps(delta_ + i * kBlock + 16)};
-      bf16* p = probabilities_ + i * kBlockSize;
+      __m512 sum[2] = {_mm512_load_ps(total), _mm512_load_ps(total + 16)};
+      __m512 dot[2] = {_mm512_load_ps(delta), _mm512_load_ps(delta + 16)};
+      for (int64_t r = 0; r < count; ++r) {
+        const Row score = sums_of(s, r), slope = sums_of(dp, r);
+        const __m512i both =
+            narrow(exp2(_mm512_fmsub_ps(score.low, factor, lse[0])), exp2(_mm512_fmsub_ps(score.high, factor, lse[1])));
+        _mm512_store_si512(p + r * kBlock, both);
+        const __m512 x = low_half(both), y = high_half(both);
+        sum[0] = _mm512_add_ps(sum[0], x);
+        sum[1] = _mm512_add_ps(sum[1], y);
+        dot[0] = _mm512_fmadd_ps(x, slope.low, dot[0]);
+        dot[1] = _mm512_fmadd_ps(y, slope.high, dot[1]);
+      }
+      // A key behind the last has scores of zero, whose exponential may be anything.
+      for (int64_t r = count; r < kBlock; ++r) _mm512_store_si512(p + r * kBlock, _mm512_setzero_si512());
+      _mm512_store_ps(total, sum[0]);
+      _mm512_store_ps(total + 16, sum[1]);
+      _mm512_store_ps(delta, dot[0]);
+      _mm512_store_ps(delta + 16, dot[1]);
+    }
+  }
+
+  FASTPEFT_INLINE void multiply_scores(int64_t j, int64_t i) {
+    zero_sums();
+    for (int64_t w = 0; w < n_.widths; ++w)
+      multiply_step(key_rows_ + w * kBlockSize, queries_ + (i * n_.widths + w) * kBlockSize);
+    store_sums(sums_ + (i & 1) * kSums);
+    zero_sums();
+    for (int64_t w = 0; w < n_.widths; ++w)
+      multiply_step(value_rows_ + w * kBlockSize, douts_ + (i * n_.widths + w) * kBlockSize);
+    store_sums(dprobabilities_ + (j * n_.queries + i) * kSums);
+  }
+
+  // dS^T of 32 keys for all queries, as the left factor of dk and as the right factor of dq^T.
+  void slopes(int64_t j) {
+    const __m512 scale = constant(a_.scale);
+    for (int64_t i = 0; i < n_.queries; ++i) {
+      const float* dp = dprobabilities_ + (j * n_.queries + i) * kSums;
+      const bf16* p = probabilities_ + (j * n_.queries + i) * kBlockSize;
       bf16* ds = slopes_ + i * kBlockSize;
       bf16* depth = slopes_depth_ + (i * n_.keys + j) * kBlockSize;
+      const __m512 delta[2] = {_mm512_load_ps(delta_ + i * kBlock), _mm512_load_ps(delta_ + i * kBlock + 16)};
       for (int64_t r = 0; r < kBlock; r += 2) {
         __m512i row[2];
         for (int64_t e = 0; e < 2; ++e) {
-          // A key behind the last has scores of zero, whose exponential may be anything.
-          if (r + e >= count) {
-            row[e] = _mm512_setzero_si512();
-            _mm512_store_si512(p + (r + e) * kBlock, row[e]);
-            _mm512_store_si512(ds + (r + e) * kBlock, row[e]);
-            continue;
-          }
-          const Row score = sums_of(s, r + e), dp = sums_of(s + kSums, r + e);
-          const __m512 x = exp2(_mm512_fmsub_ps(score.low, factor, lse[0]));
-          const __m512 y = exp2(_mm512_fmsub_ps(score.high, factor, lse[1]));
-          _mm512_store_si512(p + (r + e) * kBlock, narrow(x, y));
-          const __m512 dx = _mm512_mul_ps(_mm512_mul_ps(x, scale), _mm512_sub_ps(dp.low, delta[0]));
-          const __m512 dy = _mm512_mul_ps(_mm512_mul_ps(y, scale), _mm512_sub_ps(dp.high, delta[1]));
-          row[e] = narrow(dx, dy);
+          const Row slope = sums_of(dp, r + e);
+          const __m512i both = _mm512_load_si512(p + (r + e) * kBlock);
+          const __m512 x = _mm512_mul_ps(low_half(both), scale), y = _mm512_mul_ps(high_half(both), scale);
+          row[e] = narrow(_mm512_mul_ps(x, _mm512_sub_ps(slope.low, delta[0])),
+                          _mm512_mul_ps(y, _mm512_sub_ps(slope.high, delta[1])));
           _mm512_store_si512(ds + (r + e) * kBlock, row[e]);
         }
+        if (a_.dq.data == nullptr) continue;
         __m512i first, second;
         interleave(row[0], row[1], &first, &second);
         _mm512_store_si512(depth + r * 16, first);
         _mm512_store_si512(depth + 512 + r * 16, second);
       }
     }
-  }
-
-  FASTPEFT_INLINE void multiply_scores(int64_t i) {
-    float* s = sums_ + (i & 1) * 2 * kSums;
-    zero_sums();
-    for (int64_t w = 0; w < n_.widths; ++w)
-      multiply_step(key_rows_ + w * kBlockSize, queries_ + (i * n_.widths + w) * kBlockSize);
-    store_sums(s);
-    zero_sums();
-    for (int64_t w = 0; w < n_.widths; ++w)
-      multiply_step(value_rows_ + w * kBlockSize, douts_ + (i * n_.widths + w) * kBlockSize);
-    store_sums(s + kSums);
   }
 
   // Rows 32 j .. of left * right, to tokens and prompts.
@@ -204,7 +228,7 @@ class Backward {
   const int64_t first_;  // block of keys to begin with
   bf16 *queries_, *queries_depth_, *douts_, *douts_depth_, *key_rows_, *value_rows_, *keys_transposed_, *probabilities_,
       *slopes_, *slopes_depth_;
-  float *sums_, *lse_, *delta_;
+  float *sums_, *dprobabilities_, *lse_, *delta_, *total_;
 };
 
 }  // namespace

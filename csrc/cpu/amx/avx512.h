@@ -50,7 +50,8 @@ struct Activated {
 
 // z * sigmoid(u) with u = z * g(z^2) and u' given.
 FASTPEFT_INLINE Activated gated(__m512 z, __m512 u, __m512 du) {
-  const __m512 s = reciprocal(_mm512_add_ps(constant(1.0f), exp2(_mm512_mul_ps(u, constant(-kLog2E)))));
+  const __m512 x = _mm512_min_ps(_mm512_mul_ps(u, constant(-kLog2E)), constant(126.0f));
+  const __m512 s = reciprocal(_mm512_add_ps(constant(1.0f), exp2(x)));
   const __m512 value = _mm512_mul_ps(z, s);
   // s + z s (1 - s) u'
   const __m512 slope = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_fnmadd_ps(value, s, value), du), constant(1.0f), s);
@@ -68,7 +69,8 @@ FASTPEFT_INLINE Activated gelu(__m512 z) {
   p = _mm512_fmadd_ps(p, t, constant(1.4526726524405628e-1f));
   p = _mm512_fmadd_ps(p, t, constant(1.1347109610200848e-1f));
   p = _mm512_fmadd_ps(p, t, constant(1.2009975462795948e-1f));
-  const __m512 e = exp2(_mm512_mul_ps(_mm512_mul_ps(z, z), constant(-0.5f * kLog2E)));
+  const __m512 x = _mm512_mul_ps(_mm512_mul_ps(z, z), constant(-0.5f * kLog2E));
+  const __m512 e = exp2(_mm512_max_ps(x, constant(-1000.0f)));
   const __m512 tail = _mm512_mul_ps(_mm512_mul_ps(p, t), e);  // Phi(-|z|)
   const __mmask16 positive = _mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_GE_OQ);
   const __m512 phi = _mm512_mask_sub_ps(tail, positive, constant(1.0f), tail);
