@@ -157,7 +157,8 @@ def plain_attention(q, k, v, pk, pv, bias, causal, scale, dropout, row_words, co
 def test_lengths(level, rows, tokens, dtype):
     for length in (None, 0, 1, 5, 40):
         few = min(rows, tokens + (length or 0)) < 8
-        Case(rows, tokens, length, batch=4 if few else 2, heads=5 if few else 2, dtype=dtype).check()
+        # Of a handful of rows, rounding errors are too small a sample to compare two of them.
+        Case(rows, tokens, length, batch=16 if few else 2, heads=5 if few else 2, dtype=dtype).check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

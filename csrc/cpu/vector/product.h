@@ -91,6 +91,11 @@ FASTPEFT_INLINE void put_row(const T* row, int64_t count, float* out) {
   over(count, [&](int64_t i, auto how, int) { store(out + i, load(row + i, how)); });
 }
 
+// Rows that products take besides `count`: what was there before may be numbers that are slow to compute with.
+FASTPEFT_INLINE void zero_rows(float* rows, int64_t count, int64_t width) {
+  __builtin_memset(rows + count * width, 0, (whole_rows(count) - count) * width * sizeof(float));
+}
+
 // Row `r` of a right factor of `height` rows and `count` columns into its panels.
 template <class T>
 FASTPEFT_INLINE void put_panels(const T* row, int64_t count, int64_t r, int64_t height, float* out) {

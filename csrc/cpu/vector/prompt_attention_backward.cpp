@@ -51,54 +51,111 @@ class Backward {
 
   // A head of a sample; sums for prompts are added to.
   void run(int64_t b, int64_t h, float* dprompt_k, float* dprompt_v) {
-    put_transposed<T>(a_, a_.k, a_.prompt_k, b, h, first_, keys_);
-    if (needs_scores_) put_transposed<T>(a_, a_.v, a_.prompt_v, b, h, first_, values_);
-    if (needs_q_) put_plain<T>(a_, a_.k, a_.prompt_k, b, h, plain_keys_);
-    __builtin_memset(dk_, 0, (n_.keys + kFewer) * n_.width * sizeof(float));
-    __builtin_memset(dv_, 0, (n_.keys + kFewer) * n_.width * sizeof(float));
-    for (int64_t i = 0; i < a_.queries; i += n_.block) block(b, h, i, smaller(n_.block, a_.queries - i));
+    if (a_.queries <= kFew)
+      few(b, h);
+    else
+      many(b, h);
     finish(dk_, a_.dk, dprompt_k, b, h, a_.scale);
     finish(dv_, a_.dv, dprompt_v, b, h, 1.0f);
   }
 
  private:
+  // Queries for which it is not worth to bring keys and values into panels.
+  static constexpr int64_t kFew = 4;
+
   // Keys whose gradient is needed, tokens' or prompts'.
   Range rows_of(const void* tokens, const void* prompts) const {
     const Range found = {tokens ? 0 : a_.tokens, prompts ? n_.keys : a_.tokens};
     return tokens || prompts ? found : Range{n_.keys, n_.keys};
   }
 
+  void many(int64_t b, int64_t h) {
+    put_transposed<T>(a_, a_.k, a_.prompt_k, b, h, first_, keys_);
+    if (needs_scores_) put_transposed<T>(a_, a_.v, a_.prompt_v, b, h, first_, values_);
+    if (needs_q_) put_plain<T>(a_, a_.k, a_.prompt_k, b, h, plain_keys_);
+    __builtin_memset(dk_, 0, (n_.keys + kFewer) * n_.width * sizeof(float));
+    __builtin_memset(dv_, 0, (n_.keys + kFewer) * n_.width * sizeof(float));
+    for (int64_t i = 0; i < a_.queries; i += n_.block) block(b, h, i, smaller(n_.block, a_.queries - i));
+  }
+
   void block(int64_t b, int64_t h, int64_t first, int64_t count) {
-    float sums[48];  // of dO O
+    float sums[48];
     for (int64_t r = 0; r < count; ++r) {
-      const T *q = row_of<const T>(a_.q, b, h, first + r), *dout = row_of<const T>(a_.dout, b, h, first + r);
-      const T* out = row_of<const T>(a_.out, b, h, first + r);
-      put_row(q, a_.dim, q_ + r * n_.width);
-      put_row(dout, a_.dim, dout_ + r * n_.width);
-      put_panels(q, a_.dim, r, n_.block, q_panels_);
-      put_panels(dout, a_.dim, r, n_.block, dout_panels_);
-      Floats total[4] = {};
-      over(a_.dim, [&](int64_t d, auto how, int k) { total[k] += load(dout + d, how) * load(out + d, how); });
-      sums[r] = sum(total);
+      sums[r] = read(b, h, first + r, r);
+      put_panels(q_ + r * n_.width, a_.dim, r, n_.block, q_panels_);
+      put_panels(dout_ + r * n_.width, a_.dim, r, n_.block, dout_panels_);
     }
+    zero_rows(q_, count, n_.width);
+    zero_rows(dout_, count, n_.width);
     const int64_t columns = n_.keys - first_;
     multiply<false, false>(count, columns, a_.dim, q_, n_.width, keys_ + first_ * a_.dim, a_.dim, p_ + first_, n_.line);
     if (needs_scores_)
       multiply<false, false>(count, columns, a_.dim, dout_, n_.width, values_ + first_ * a_.dim, a_.dim, ds_ + first_,
                              n_.line);
-    const bool plain = !a_.bias && !a_.causal && !a_.row_words;
-    for (int64_t r = 0; r < count; ++r)
-      plain ? probabilities<true>(b, h, first + r, sums[r], p_ + r * n_.line, ds_ + r * n_.line)
-            : probabilities<false>(b, h, first + r, sums[r], p_ + r * n_.line, ds_ + r * n_.line);
+    for (int64_t r = 0; r < count; ++r) probabilities(b, h, first + r, sums[r], p_ + r * n_.line, ds_ + r * n_.line);
     if (needs_q_) {
       multiply<false, false>(count, a_.dim, n_.keys, ds_, n_.line, plain_keys_, n_.keys, dq_, n_.width);
-      for (int64_t r = 0; r < count; ++r) {
-        T* dq = row_of<T>(a_.dq, b, h, first + r);
-        over(a_.dim, [&](int64_t d, auto how, int) { store(dq + d, load(dq_ + r * n_.width + d) * a_.scale, how); });
-      }
+      for (int64_t r = 0; r < count; ++r) store_dq(b, h, first + r, r);
     }
     add_products(keys_needed_, count, ds_, q_panels_, dk_);
     add_products(values_needed_, count, p_, dout_panels_, dv_);
+  }
+
+  // Query i and what arrives at its output, as row r; returns the sum of dO O.
+  FASTPEFT_INLINE float read(int64_t b, int64_t h, int64_t i, int64_t r) {
+    const T *dout = row_of<const T>(a_.dout, b, h, i), *out = row_of<const T>(a_.out, b, h, i);
+    put_row(row_of<const T>(a_.q, b, h, i), a_.dim, q_ + r * n_.width);
+    put_row(dout, a_.dim, dout_ + r * n_.width);
+    Floats total[4] = {};
+    over(a_.dim, [&](int64_t d, auto how, int k) { total[k] += load(dout + d, how) * load(out + d, how); });
+    return sum(total);
+  }
+
+  FASTPEFT_INLINE void store_dq(int64_t b, int64_t h, int64_t i, int64_t r) {
+    T* dq = row_of<T>(a_.dq, b, h, i);
+    over(a_.dim, [&](int64_t d, auto how, int) { store(dq + d, load(dq_ + r * n_.width + d) * a_.scale, how); });
+  }
+
+  // The same for all queries, which are a few, key by key.
+  void few(int64_t b, int64_t h) {
+    float sums[kFew];
+    for (int64_t r = 0; r < a_.queries; ++r) {
+      sums[r] = read(b, h, r, r);
+      for (int64_t j = first_; j < n_.keys; ++j) {
+        const T *k = key_row<T>(a_, a_.k, a_.prompt_k, b, h, j), *v = key_row<T>(a_, a_.v, a_.prompt_v, b, h, j);
+        p_[r * n_.line + j] = dot(q_ + r * n_.width, k);
+        if (needs_scores_) ds_[r * n_.line + j] = dot(dout_ + r * n_.width, v);
+      }
+      probabilities(b, h, r, sums[r], p_ + r * n_.line, ds_ + r * n_.line);
+    }
+    for (int64_t r = 0; needs_q_ && r < a_.queries; ++r) {
+      float* dq = dq_ + r * n_.width;
+      __builtin_memset(dq, 0, n_.width * sizeof(float));
+      for (int64_t j = 0; j < n_.keys; ++j) {
+        const T* k = key_row<T>(a_, a_.k, a_.prompt_k, b, h, j);
+        const float factor = ds_[r * n_.line + j];
+        over(a_.dim, [&](int64_t d, auto how, int) { store(dq + d, load(dq + d) + load(k + d, how) * factor); });
+      }
+      store_dq(b, h, r, r);
+    }
+    put_products(keys_needed_, ds_, q_, dk_);
+    put_products(values_needed_, p_, dout_, dv_);
+  }
+
+  FASTPEFT_INLINE float dot(const float* a, const T* b) const {
+    Floats total[4] = {};
+    over(a_.dim, [&](int64_t d, auto how, int k) { total[k] += load(a + d) * load(b + d, how); });
+    return sum(total);
+  }
+
+  // Sums over all queries of left[query][key] right[query].
+  FASTPEFT_INLINE void put_products(Range keys, const float* left, const float* right, float* out) {
+    for (int64_t j = keys.begin; j < keys.end; ++j)
+      over(a_.dim, [&](int64_t d, auto, int) {
+        Floats total = {};
+        for (int64_t r = 0; r < a_.queries; ++r) total += load(right + r * n_.width + d) * left[r * n_.line + j];
+        store(out + j * n_.width + d, total);
+      });
   }
 
   FASTPEFT_INLINE void add_products(Range rows, int64_t count, const float* left, const float* right, float* out) {
@@ -106,9 +163,16 @@ class Backward {
                          out + rows.begin * n_.width, n_.width);
   }
 
+  void probabilities(int64_t b, int64_t h, int64_t i, float total, float* p, float* ds) {
+    if (!a_.bias && !a_.causal && !a_.row_words)
+      probabilities_as<true>(b, h, i, total, p, ds);
+    else
+      probabilities_as<false>(b, h, i, total, p, ds);
+  }
+
   // Scores to probabilities, as dropout leaves them, and dP to dS.
   template <bool plain>
-  FASTPEFT_INLINE void probabilities(int64_t b, int64_t h, int64_t i, float total, float* p, float* ds) {
+  FASTPEFT_INLINE void probabilities_as(int64_t b, int64_t h, int64_t i, float total, float* p, float* ds) {
     const Row row(a_, b, h, i);
     const float lse = a_.lse[(b * a_.heads + h) * a_.queries + i];
     const float shift = lse == -kInfinity ? 0.0f : lse;

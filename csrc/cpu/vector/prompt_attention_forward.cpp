@@ -37,6 +37,7 @@ class Forward {
  private:
   void attend(int64_t b, int64_t h, int64_t first, int64_t count) {
     for (int64_t r = 0; r < count; ++r) put_row(row_of<const T>(a_.q, b, h, first + r), a_.dim, left_ + r * n_.width);
+    zero_rows(left_, count, n_.width);
     multiply<false, false>(count, n_.keys, a_.dim, left_, n_.width, keys_, a_.dim, scores_, n_.line);
     float denominators[48];
     const bool plain = !a_.bias && !a_.causal && !a_.row_words;

@@ -13,7 +13,16 @@ import ctypes
 import torch
 from torch import Tensor
 
-from fastpeft.native.vector.library import call, form, in_fp32, parameter_reasons, pointer, side_by_side, type_reasons
+from fastpeft.native.vector.library import (
+    call,
+    empty_like,
+    form,
+    in_fp32,
+    parameter_reasons,
+    pointer,
+    side_by_side,
+    type_reasons,
+)
 
 # Rows whose share of a parameter's gradient is summed in one piece: the sums do not depend on the number of threads.
 _PART = 256
@@ -90,8 +99,8 @@ def forward(
     Returns:
         y and s, (..., d) in x's dtype, s being x itself without a branch; mean and rstd, (rows,) in fp32.
     """
-    y = torch.empty(x.shape, dtype=x.dtype)
-    s = x if branch is None else torch.empty_like(y)
+    y = empty_like(x)
+    s = x if branch is None else empty_like(x)
     count = x.numel() // x.shape[-1]
     mean, rstd = torch.empty(2, count)
     rows = _row_count(x)
@@ -149,8 +158,8 @@ def backward(
     d = s.shape[-1]
     count, rows = s.numel() // d, _row_count(s)
     apart = needs_branch and gamma is not None
-    dx = torch.empty(s.shape, dtype=s.dtype) if needs_x or (needs_branch and not apart) else None
-    dbranch = torch.empty(s.shape, dtype=s.dtype) if apart else None
+    dx = empty_like(s) if needs_x or (needs_branch and not apart) else None
+    dbranch = empty_like(s) if apart else None
     sums = needs_bias or needs_weight
     parts = max(1, -(-count // _PART)) if sums else min(count, 4 * torch.get_num_threads())
     dweight, dbias = (torch.empty(parts, d) if need else None for need in (needs_weight, needs_bias))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpeft import _native
+from fastpeft.native.memory import pool
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -34,6 +35,11 @@ def call(name: str, arguments: ctypes.Structure) -> None:
     # The matrix unit has functions of its own; these are then what goes with it.
     if _function(name, "avx512" if found == "amx" else found)(ctypes.addressof(arguments)):
         raise MemoryError(f"the native library found no memory for {name}")
+
+
+def empty_like(t: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor of another's shape and dtype; a large one in memory kept between steps."""
+    return pool.empty(*t.shape, dtype=t.dtype)
 
 
 def pointer(t: Tensor | None) -> int | None:

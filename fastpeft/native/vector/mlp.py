@@ -12,6 +12,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from fastpeft.native.memory import pool
 from fastpeft.native.vector.library import call, in_fp32, parameter_reasons, pointer, type_reasons
 
 # csrc/cpu/vector/activation.h counts them so.
@@ -119,7 +120,7 @@ def forward(
     Returns:
         a (M, N) in x's dtype, and what is kept, (M, N): z in x's dtype, uint8, or None.
     """
-    a = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+    a = pool.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
     # A bias of the product's own type is added by the product; with `out`, neither autocast nor autograd touches it.
     if bias is not None and bias.dtype == x.dtype:
         torch.addmm(bias, x, weight.t(), out=a)
@@ -128,7 +129,7 @@ def forward(
         torch.mm(x, weight.t(), out=a)
     kept = None
     if keep != "nothing":
-        kept = torch.empty_like(a, dtype=torch.uint8 if keep == "derivative8" else None)
+        kept = pool.empty(*a.shape, dtype=torch.uint8 if keep == "derivative8" else a.dtype)
     return activate_(a, in_fp32(bias), activation, kept), kept
 
 
@@ -145,6 +146,6 @@ def backward_input(dy: Tensor, weight2: Tensor, kept: Tensor, activation: str, *
     Returns:
         dz (M, K) in dy's dtype.
     """
-    dz = torch.empty(dy.shape[0], weight2.shape[1], dtype=dy.dtype)
+    dz = pool.empty(dy.shape[0], weight2.shape[1], dtype=dy.dtype)
     torch.mm(dy, weight2, out=dz)
     return differentiate_(dz, kept.contiguous(), activation)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.native import attention as matrix_unit
+from fastpeft.native.memory import pool
 from fastpeft.native.vector import library
 from fastpeft.native.vector.library import call, pointer, side_by_side, type_reasons
 
@@ -237,7 +238,7 @@ def backward(
         for t, place, need in zip((q, k, v), places, needs[:3], strict=True)
     ]
     if _on_matrix_unit(q, k, bias, causal, dropout):
-        heads = [matrix_unit.Heads.strided(t) for t in (q, k, v, *prompts, out)]
+        heads = [matrix_unit.Heads.strided(t) for t in (q, k, v, *prompts)]
         gradients = [matrix_unit.Heads.strided(t) for t in (dout, *tokens)]
         shape = _shape(q, k, prompts[0])
         sums = matrix_unit.attention_backward(shape, *heads, lse, scale, *gradients, needs[3:])
@@ -332,11 +333,11 @@ def _of_prompts(sums: Tensor | None, prompt: Tensor, index: Tensor | None) -> Te
     if sums is None:
         return torch.zeros(prompt.shape, dtype=prompt.dtype)
     if index is not None:
-        sums = torch.zeros(prompt.shape).index_add_(0, index.long(), sums)
+        sums = torch.zeros(prompt.shape).index_add_(0, index.long(), sums.float())
     return sums.to(prompt.dtype)
 
 
 def _rows_before_heads(like: Tensor) -> Tensor:
     """Empty (B, H, n, D) whose memory is (B, n, H, D), so that merging the heads is a view."""
     batch, heads, rows, width = like.shape
-    return torch.empty(batch, rows, heads, width, dtype=like.dtype).transpose(1, 2)
+    return pool.empty(batch, rows, heads, width, dtype=like.dtype).transpose(1, 2)
