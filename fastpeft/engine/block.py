@@ -127,22 +127,21 @@ class BlockRun:
             attn_mask, causal = _causal(tokens, x.shape[1], x.device), False
         if attn_mask is not None and attn_mask.shape[-2] > out:
             attn_mask = attn_mask[..., :out, :]
-        p = None if own is None else self._norm("norm1", own)
         whole = attn_mask is None and not causal and out == x.shape[1]
-        x, h = self._attention_branch(x, p, out, attn_mask, causal, whole)
+        x, h = self._attention_branch(x, own, out, attn_mask, causal, whole)
         x = self._mlp_branch(x, h)
         return x[:, :keep] if keep < out else x
 
     def _attention_branch(
-        self, x: Tensor, p: Tensor | None, out: int, mask: Tensor | None, causal: bool, whole: bool
+        self, x: Tensor, own: Tensor | None, out: int, mask: Tensor | None, causal: bool, whole: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The first `out` rows of x + attention, and their norm2 if it came with them."""
         if whole:
-            y = attention_branch(self, x, lambda: self._extra(p, x.dtype), not self._adapted("attn"))
+            y = attention_branch(self, x, own, lambda own: self._extra(own, x.dtype), not self._adapted("attn"))
             if y is not None:
                 return self._around("1", "attn", x, y), None
         h = self._norm("norm1", x)
-        branch = self._container(self.spec.attn, lambda h: self._attention(h, p, out, mask, causal), h)
+        branch = self._container(self.spec.attn, lambda h: self._attention(h, own, out, mask, causal), h)
         return self._add_and_norm(x[:, :out], branch, h[:, :out])
 
     def _mlp_branch(self, x: Tensor, h: Tensor | None) -> Tensor:
@@ -246,28 +245,28 @@ class BlockRun:
         resting = role.startswith("drop") and not module.training
         return resting or (isinstance(module, nn.Dropout) and module.p == 0)
 
-    def _attention(self, h: Tensor, p: Tensor | None, out: int, mask: Tensor | None, causal: bool) -> Tensor:
-        """Queries of the first `out` rows of h; keys and values of h and of the prompt rows p."""
+    def _attention(self, h: Tensor, own: Tensor | None, out: int, mask: Tensor | None, causal: bool) -> Tensor:
+        """Queries of the first `out` rows of h; keys and values of h and of the prompt rows `own`."""
         spec = self.spec
         if out < h.shape[1]:
             # A copy of the few rows: a strided input would make the product one small product a sample.
             (q,), (k, v) = self._qkv(h[:, :out].contiguous(), 0, 1), self._qkv(h, 1, 3)
-        elif self._concatenates() and self._grows(p) and self._sliceable():
+        elif self._concatenates() and self._grows(own) and self._sliceable():
             # Keys and values are copied beside the prompts' ones; queries in the same tensor would keep them alive.
             (q,), (k, v) = self._qkv(h, 0, 1), self._qkv(h, 1, 3)
         else:
             q, k, v = self._qkv(h, 0, 3)
         q = self._inner("q_norm", self._heads(q))
         k, v = self._inner("k_norm", self._heads(k)), self._heads(v)
-        pk, pv = join(self._extra(p, k.dtype), h.shape[0])
+        pk, pv = join(self._extra(own, k.dtype), h.shape[0])
         options = {"dropout": self.attn_drop, "backend": self.backends["prompt_attention"]}
         y = prompt_attention(q, k, v, pk, pv, mask, causal, spec.scale, **options)
         y = self._inner("attn_norm", y.transpose(1, 2).flatten(2))
         return self._inner("proj_drop", self._linear("o", y))
 
-    def _extra(self, p: Tensor | None, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of the prompt rows p and of what methods add as such."""
-        extra = [] if p is None else [self._prompt_keys_values(p)]
+    def _extra(self, own: Tensor | None, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of the prompt rows that the block inserts and of what methods add as such."""
+        extra = [] if own is None else [self._prompt_keys_values(self._norm("norm1", own))]
         for extension in self.extensions:
             if isinstance(extension, KeyValues):
                 extra.append(tuple(self._heads(rows.to(dtype)) for rows in extension.keys_values()))
@@ -277,9 +276,9 @@ class BlockRun:
         """Whether attention copies keys and values to put those of prompts beside them."""
         return is_reference("prompt_attention", self.backends["prompt_attention"])
 
-    def _grows(self, p: Tensor | None) -> bool:
+    def _grows(self, own: Tensor | None) -> bool:
         """Whether there are keys and values besides those of the rows."""
-        return p is not None or any(isinstance(e, KeyValues) for e in self.extensions)
+        return own is not None or any(isinstance(e, KeyValues) for e in self.extensions)
 
     def _sliceable(self) -> bool:
         """Whether a part of the fused projection costs a part of its time and draws no random numbers."""

@@ -22,16 +22,24 @@ from fastpeft.ops.lora_linear import LowRankTerm
 if TYPE_CHECKING:
     from fastpeft.engine.block import BlockRun
 
+# Rows of prompts that are projected like any other rows.
+_FEW = 32
+
 
 def attention_branch(
-    run: BlockRun, x: Tensor, extra: Callable[[], list[tuple[Tensor, Tensor]]], residual: bool
+    run: BlockRun,
+    x: Tensor,
+    own: Tensor | None,
+    extra: Callable[[Tensor | None], list[tuple[Tensor, Tensor]]],
+    residual: bool,
 ) -> Tensor | None:
     """x + branch (the branch alone without `residual`), or None if the block's attention has to be composed.
 
     Args:
         run: the block's forward.
         x: (B, N, d), all rows of which are queries, keys and values; no mask.
-        extra: gives keys and values of prompts, (H, p, D) or (B, H, p, D).
+        own: prompt rows that the block inserts, (p, d) or (B, p, d), or None.
+        extra: gives keys and values, (H, p, D) or (B, H, p, D), of prompt rows and of what else is nothing but that.
         residual: add x.
     """
     spec, wish = run.spec, run.backends["block"]
@@ -59,7 +67,13 @@ def attention_branch(
         residual,
         run.state.host.memory == "balanced",
     )
-    return module.attention_branch(x, *join(extra(), x.shape[0]), plan, [*qkv.factors, *out.factors])
+    factors = [*qkv.factors, *out.factors]
+    # Few rows are not worth a pack of their own; what else is keys and values has them ready.
+    if own is not None and own.shape[:-1].numel() >= _FEW and own.dtype == x.dtype and not qkv.terms:
+        others = extra(None)
+        if not others:
+            return module.attention_branch(x, own, None, None, plan, factors)
+    return module.attention_branch(x, None, *join(extra(own), x.shape[0]), plan, factors)
 
 
 def mlp_branch(run: BlockRun, x: Tensor, residual: bool) -> Tensor | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastpeft.engine.clock import DropoutClock
 from fastpeft.ops.adapter import adapter
 from fastpeft.ops.dropout_mask import dropout_mask
+from fastpeft.ops.dropped_rows import dropped_rows
 from fastpeft.ops.lora_linear import LowRankTerm
 
 _SITES_PER_BLOCK = 64
@@ -31,6 +32,10 @@ class Noise(NamedTuple):
         """Multipliers (batch, size), or (size,) for a mask that the batch shares (`batch=None`)."""
         samples = None if batch is None else (self.clock.rank * batch, batch)
         return dropout_mask(self.clock.seed, self.step, site, samples, size, p, dtype)
+
+    def drop(self, x: Tensor, site: int, batch: int, p: float) -> Tensor:
+        """Shared rows x (p, d) as (batch, p, d), with a mask for each sample."""
+        return dropped_rows(x, self.clock.seed, self.step, site, (self.clock.rank * batch, batch), p)
 
 
 class Extension(nn.Module):
@@ -78,9 +83,9 @@ class Prompts(Extension):
         rows = self.prompts.to(dtype).expand(self.length, -1)
         if not (self.training and self.dropout > 0):
             return rows
-        size, count = rows.numel(), batch if self.per_sample else None
-        mask = noise.mask(self.site, count, size, self.dropout, dtype)
-        return rows * mask.view(*mask.shape[:-1], *rows.shape)
+        if self.per_sample:
+            return noise.drop(rows, self.site, batch, self.dropout)
+        return rows * noise.mask(self.site, None, rows.numel(), self.dropout, dtype).view(rows.shape)
 
     def extra_repr(self) -> str:
         return f"length={self.length}, dim={self.prompts.shape[-1]}, dropout={self.dropout}"

@@ -48,9 +48,9 @@ class _Attention(ctypes.Structure):
         ("lse", ctypes.c_void_p),
         ("scale", ctypes.c_float),
         ("threads", ctypes.c_int32),
-        *((name, Heads) for name in ("dout", "dq", "dk", "dv")),
-        ("dprompt_k", ctypes.c_void_p),
-        ("dprompt_v", ctypes.c_void_p),
+        *((name, Heads) for name in ("dout", "dq", "dk", "dv", "dprompt_k", "dprompt_v")),
+        ("prompt_k_sums", ctypes.c_void_p),
+        ("prompt_v_sums", ctypes.c_void_p),
         ("parts", ctypes.c_int64),
     ]
 
@@ -97,21 +97,36 @@ def attention_backward(
     dk: Heads,
     dv: Heads,
     needs_prompts: tuple[bool, bool],
+    places: tuple[Heads, Heads] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Write dq, dk and dv where they are given, and return the prompts' gradients in fp32, shaped as the prompts."""
+    """Write dq, dk and dv where a place is given for them, and return the prompts' gradients.
+
+    Args:
+        shape, q, k, v, prompt_k, prompt_v, scale: as of the forward pass.
+        lse: what it returned.
+        dout: gradient of its output.
+        dq, dk, dv: places of the gradients; one without data is not needed.
+        needs_prompts: which of the prompts' gradients are needed.
+        places: of the gradients of prompts of each sample's own, which are then not returned.
+
+    Returns:
+        fp32 (H, p, D) of prompts that the batch shares, bf16 (B, H, p, D) of each sample's own; None where not needed.
+    """
     threads = torch.get_num_threads()
-    shared = prompt_k.batch == 0
+    size = (shape.heads, shape.prompts, shape.dim)
+    needs = [needed and shape.prompts > 0 for needed in needs_prompts]
+    found: list[Tensor | None] = [None, None]
+    sums: list[Tensor | None] = [None, None]
     # As many parts of the batch as keep all threads busy, each with sums of its own.
-    parts = min(shape.batch, -(-threads // shape.heads)) if shared else shape.batch
-    sums = [
-        torch.zeros(parts, shape.heads, shape.prompts, shape.dim) if needed and shape.prompts else None
-        for needed in needs_prompts
-    ]
+    parts = min(shape.batch, -(-threads // shape.heads))
+    if shape.prompts and prompt_k.batch == 0:
+        sums = [torch.zeros(parts, *size) if needed else None for needed in needs]
+    elif places is None:
+        found = [torch.empty(shape.batch, *size, dtype=torch.bfloat16) if needed else None for needed in needs]
+    given = tuple(map(Heads.strided, found)) if places is None else places
     call = _Attention(
-        *shape, q, k, v, prompt_k, prompt_v, Heads(), lse.data_ptr(), scale, threads, dout, dq, dk, dv,
-        pointer(sums[0]), pointer(sums[1]), parts,
+        *shape, q, k, v, prompt_k, prompt_v, Heads(), lse.data_ptr(), scale, threads, dout, dq, dk, dv, *given,
+        *map(pointer, sums), parts,
     )  # fmt: skip
     check(_function("backward")(ctypes.byref(call)))
-    if not shared:
-        return sums[0], sums[1]
-    return tuple(None if t is None else t[0] if parts == 1 else t.sum(0) for t in sums)
+    return tuple(f if s is None else s[0] if parts == 1 else s.sum(0) for f, s in zip(found, sums, strict=True))

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastpeft.native import blocked, low_rank
 from fastpeft.native.attention import Heads, Shape, attention_backward, attention_forward
+from fastpeft.native.gemm import gemm
 from fastpeft.native.layer_norm import layer_norm_backward
 from fastpeft.native.low_rank import LowRank, Place
 from fastpeft.native.memory import pool
@@ -63,13 +65,20 @@ class Mlp:
 
 
 def attention_branch(
-    x: Tensor, prompt_k: Tensor | None, prompt_v: Tensor | None, plan: Attention, factors: Sequence[Tensor]
+    x: Tensor,
+    prompts: Tensor | None,
+    prompt_k: Tensor | None,
+    prompt_v: Tensor | None,
+    plan: Attention,
+    factors: Sequence[Tensor],
 ) -> Tensor:
     """The attention branch of x, differentiable in x, the prompts and the factors.
 
     Args:
         x: bf16 (B, N, d).
-        prompt_k: bf16 (H, p, D) shared by the batch, (B, H, p, D), or None; rows of D without gaps.
+        prompts: bf16 rows that are keys and values only, (p, d) shared by the batch or (B, p, d), or None; not beside
+            low-rank terms of the fused projection.
+        prompt_k: the same as keys: bf16 (H, p, D), (B, H, p, D), or None; rows of D without gaps.
         prompt_v: like prompt_k.
         plan: everything that is frozen.
         factors: A (r, in) and B (out, r) of every low-rank term, in the order of the plan's places.
@@ -77,12 +86,28 @@ def attention_branch(
     Returns:
         bf16 (B, N, out).
     """
-    return _AttentionBranch.apply(x, prompt_k, prompt_v, plan, *factors)
+    packed = None
+    if prompts is not None:
+        packed = _Packed(prompts.shape[-2], prompts.dim() == 2)
+        prompt_k = _PromptKeysValues.apply(prompts, plan)
+    return _AttentionBranch.apply(x, prompt_k, prompt_v, packed, plan, *factors)
 
 
 def mlp_branch(x: Tensor, plan: Mlp, factors: Sequence[Tensor]) -> Tensor:
     """As `attention_branch`, for the MLP."""
     return _MlpBranch.apply(x, plan, *factors)
+
+
+class _Packed(NamedTuple):
+    """Prompts whose keys and values lie side by side in one blocked tensor."""
+
+    count: int
+    shared: bool
+
+    def heads(self, t: Tensor, inner: int) -> tuple[Heads, Heads]:
+        """Where the keys and the values lie; a shared prompt has one row for all samples."""
+        rows = 0 if self.shared else self.count
+        return Heads.blocked(t, rows), Heads.blocked(t, rows, inner)
 
 
 def _pairs(factors: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
@@ -104,11 +129,49 @@ def _split(needed: tuple[bool, ...], first: int) -> tuple[list[tuple[bool, bool]
     return pairs[:first], pairs[first:]
 
 
-class _AttentionBranch(torch.autograd.Function):
-    """(x, prompt_k, prompt_v, plan, *factors) -> y; x (B, N, d), prompts (H, p, D), (B, H, p, D) or None."""
+class _PromptKeysValues(torch.autograd.Function):
+    """(prompts, plan) -> keys and values, blocked (rows, 2 H D); their gradient is blocked too."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, prompt_k: Tensor | None, prompt_v: Tensor | None, plan: Attention, *factors: Tensor):
+    def forward(ctx, prompts: Tensor, plan: Attention):
+        flat = prompts.reshape(-1, prompts.shape[-1])
+        rows, inner = flat.shape[0], plan.num_heads * plan.head_dim
+        weight, bias, _ = plan.qkv.tail(inner)
+        statistics = torch.empty(2, rows)
+        found = blocked.empty(rows, 2 * inner)
+        gemm(flat, weight, found, rows, bias, statistics=statistics, epsilon=plan.epsilon)
+        ctx.save_for_backward(flat, statistics)
+        ctx.plan, ctx.shape = plan, prompts.shape
+        return found
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @without_autocast
+    def backward(ctx, gradient: Tensor):
+        flat, statistics = ctx.saved_tensors
+        rows = flat.shape[0]
+        *_, weight = ctx.plan.qkv.tail(ctx.plan.num_heads * ctx.plan.head_dim)
+        dxhat = gemm(gradient, weight, blocked.empty(rows, flat.shape[1]), rows)
+        dx = layer_norm_backward(dxhat, flat, statistics, None, pool.empty(*flat.shape, dtype=flat.dtype))
+        return dx.view(ctx.shape), None
+
+
+class _AttentionBranch(torch.autograd.Function):
+    """(x, prompt_k, prompt_v, packed, plan, *factors) -> y; x (B, N, d), prompts (H, p, D), (B, H, p, D) or None.
+
+    With `packed`, prompt_k holds keys and values as `_PromptKeysValues` gives them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        prompt_k: Tensor | None,
+        prompt_v: Tensor | None,
+        packed: _Packed | None,
+        plan: Attention,
+        *factors: Tensor,
+    ):
         batch, tokens, width = x.shape
         rows, inner = batch * tokens, plan.num_heads * plan.head_dim
         flat = x.reshape(rows, width)
@@ -117,7 +180,9 @@ class _AttentionBranch(torch.autograd.Function):
         qkv = blocked.empty(rows, 3 * inner)
         u = low_rank.forward(plan.qkv, lows[0], flat, qkv, rows, statistics=statistics, epsilon=plan.epsilon)
         attended = blocked.empty(rows, inner)
-        lse = _attend(plan, batch, tokens, qkv, prompt_k, prompt_v, attended)
+        shape, prompts = _prompts(plan, batch, tokens, prompt_k, prompt_v, packed)
+        place = Heads.blocked(attended, tokens)
+        lse = attention_forward(shape, *_heads(plan, qkv, tokens), *prompts, place, plan.scale)
         y = pool.empty(rows, plan.out.weight.shape[0], dtype=x.dtype)
         u_out = low_rank.forward(plan.out, lows[1], attended, y, rows, other=flat if plan.residual else None)
         if any(ctx.needs_input_grad):
@@ -125,7 +190,7 @@ class _AttentionBranch(torch.autograd.Function):
             # Attention's own backward pass does not look at what it gave, the gradients of factors behind it do.
             given = None if lows[1] is None else attended
             ctx.save_for_backward(flat, statistics, kept, given, lse, prompt_k, prompt_v, u, u_out, *factors)
-            ctx.plan, ctx.batch, ctx.tokens = plan, batch, tokens
+            ctx.plan, ctx.packed, ctx.batch, ctx.tokens = plan, packed, batch, tokens
         return y.view(batch, tokens, -1)
 
     @staticmethod
@@ -135,7 +200,7 @@ class _AttentionBranch(torch.autograd.Function):
         x, statistics, qkv, attended, lse, prompt_k, prompt_v, u, u_out, *factors = ctx.saved_tensors
         plan, batch, tokens = ctx.plan, ctx.batch, ctx.tokens
         rows, inner = x.shape[0], plan.num_heads * plan.head_dim
-        needs_x, needs_pk, needs_pv, _, *needs_factors = ctx.needs_input_grad
+        needs_x, needs_pk, needs_pv, _, _, *needs_factors = ctx.needs_input_grad
         needs = _split(needs_factors, len(plan.places[0]))
         lows = _low_ranks((plan.qkv, plan.out), plan.places, tuple(factors))
         flat = dy.reshape(rows, -1)
@@ -145,7 +210,7 @@ class _AttentionBranch(torch.autograd.Function):
         du = low_rank.backward(plan.out, lows[1], flat, dattended, rows)
         dfactors = [] if du is None else lows[1].gradients(attended, u_out, flat, du, rows, None, needs[1])
         if not before:
-            return None, None, None, None, *dfactors
+            return None, None, None, None, None, *dfactors
 
         if qkv is None:
             qkv = blocked.empty(rows, 3 * inner)
@@ -153,7 +218,7 @@ class _AttentionBranch(torch.autograd.Function):
         tokens_too = needs_x or bool(needs[0])
         dqkv = blocked.empty(rows, 3 * inner) if tokens_too else None
         dpk, dpv = _attend_backward(
-            plan, batch, tokens, qkv, prompt_k, prompt_v, lse, dattended, dqkv, (needs_pk, needs_pv)
+            ctx, qkv, prompt_k, prompt_v, lse, Heads.blocked(dattended, tokens), dqkv, (needs_pk, needs_pv)
         )
         dx = None
         if tokens_too:
@@ -166,11 +231,7 @@ class _AttentionBranch(torch.autograd.Function):
                     dxhat, x, statistics, flat if plan.residual else None, pool.empty(*x.shape, dtype=x.dtype)
                 )
                 dx = dx.view(batch, tokens, -1)
-        if dpk is not None:
-            dpk = dpk.to(prompt_k.dtype)
-        if dpv is not None:
-            dpv = dpv.to(prompt_v.dtype)
-        return dx, dpk, dpv, None, *dfactors
+        return dx, dpk, dpv, None, None, *dfactors
 
 
 def _heads(plan: Attention, packed: Tensor, tokens: int) -> list[Heads]:
@@ -179,37 +240,51 @@ def _heads(plan: Attention, packed: Tensor, tokens: int) -> list[Heads]:
     return [Heads.blocked(packed, tokens, part * inner) for part in range(3)]
 
 
-def _shape(plan: Attention, batch: int, tokens: int, prompt_k: Tensor | None) -> Shape:
-    prompts = 0 if prompt_k is None else prompt_k.shape[-2]
-    return Shape(batch, plan.num_heads, tokens, tokens, prompts, plan.head_dim)
-
-
-def _attend(plan, batch: int, tokens: int, qkv: Tensor, prompt_k, prompt_v, out: Tensor) -> Tensor:
-    return attention_forward(
-        _shape(plan, batch, tokens, prompt_k),
-        *_heads(plan, qkv, tokens),
-        Heads.strided(prompt_k),
-        Heads.strided(prompt_v),
-        Heads.blocked(out, tokens),
-        plan.scale,
-    )
+def _prompts(
+    plan: Attention,
+    batch: int,
+    tokens: int,
+    prompt_k: Tensor | None,
+    prompt_v: Tensor | None,
+    packed: _Packed | None,
+) -> tuple[Shape, tuple[Heads, Heads]]:
+    """Sizes, and where the prompts' keys and values lie."""
+    count = packed.count if packed else 0 if prompt_k is None else prompt_k.shape[-2]
+    shape = Shape(batch, plan.num_heads, tokens, tokens, count, plan.head_dim)
+    if packed:
+        return shape, packed.heads(prompt_k, plan.num_heads * plan.head_dim)
+    return shape, (Heads.strided(prompt_k), Heads.strided(prompt_v))
 
 
 def _attend_backward(
-    plan, batch, tokens, qkv, prompt_k, prompt_v, lse, dout, dqkv: Tensor | None, needs: tuple[bool, bool]
+    ctx,
+    qkv: Tensor,
+    prompt_k: Tensor | None,
+    prompt_v: Tensor | None,
+    lse: Tensor,
+    dout: Heads,
+    dqkv: Tensor | None,
+    needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
+    """Fill dqkv, if it is there, and return gradients like prompt_k and prompt_v."""
+    plan, packed, tokens = ctx.plan, ctx.packed, ctx.tokens
+    shape, prompts = _prompts(plan, ctx.batch, tokens, prompt_k, prompt_v, packed)
     gradients = [Heads()] * 3 if dqkv is None else _heads(plan, dqkv, tokens)
-    return attention_backward(
-        _shape(plan, batch, tokens, prompt_k),
-        *_heads(plan, qkv, tokens),
-        Heads.strided(prompt_k),
-        Heads.strided(prompt_v),
-        lse,
-        plan.scale,
-        Heads.blocked(dout, tokens),
-        *gradients,
-        needs,
+    whole = places = None
+    if packed and needs[0]:
+        needs = (True, True)
+        if not packed.shared:
+            whole = pool.empty(*prompt_k.shape, dtype=prompt_k.dtype)
+            places = packed.heads(whole, shape.heads * shape.dim)
+    found = attention_backward(
+        shape, *_heads(plan, qkv, tokens), *prompts, lse, plan.scale, dout, *gradients, needs, places
     )
+    if packed and needs[0]:
+        if whole is None:
+            rows = [t.transpose(0, 1).flatten(1) for t in found]
+            whole = blocked.from_rows(torch.cat(rows, 1).to(prompt_k.dtype))
+        return whole, None
+    return tuple(None if g is None else g.to(t.dtype) for g, t in zip(found, (prompt_k, prompt_v), strict=True))
 
 
 class _MlpBranch(torch.autograd.Function):

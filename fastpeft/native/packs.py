@@ -11,11 +11,12 @@ of the values, and `clear` forgets everything.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from fastpeft.native.blocked import BLOCK
 from fastpeft.native.gemm import Weight, pack
 
 _SAMPLES = 16
@@ -41,6 +42,7 @@ class Layer:
     forward: Weight
     bias: Tensor | None
     _backward: Weight | None = None
+    _tails: dict[int, Weight] = field(default_factory=dict)
 
     @property
     def backward(self) -> Weight:
@@ -49,10 +51,20 @@ class Layer:
             self._backward = pack(self.weight.t(), self.row_scale, self.column_scale)
         return self._backward
 
+    def tail(self, start: int) -> tuple[Weight, Tensor | None, Weight]:
+        """The outputs from `start` on, a multiple of 32: packed forward, their bias, packed backward."""
+        data = self.forward.data[start // BLOCK :]
+        if start not in self._tails:
+            row_scale = None if self.row_scale is None else self.row_scale[start:]
+            self._tails[start] = pack(self.weight[start:].t(), row_scale, self.column_scale)
+        forward = Weight(data, data.shape[0] * BLOCK, self.forward.depth)
+        return forward, None if self.bias is None else self.bias[start:], self._tails[start]
+
     @property
     def bytes(self) -> int:
         """Memory of the packs."""
-        return sum(w.data.nbytes for w in (self.forward, self._backward) if w is not None)
+        packed = (self.forward, self._backward, *self._tails.values())
+        return sum(w.data.nbytes for w in packed if w is not None)
 
 
 def _layer(

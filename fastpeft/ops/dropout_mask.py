@@ -93,6 +93,13 @@ def keep_by_words(rows: Tensor, columns: Tensor, p: float) -> Tensor:
 
 
 @torch.no_grad()
+def mask_words(seed: Tensor, step: Tensor, site: int, samples: tuple[int, int], size: int) -> tuple[Tensor, Tensor]:
+    """Words whose mask, by `keep_by_words`, is that of `dropout_mask`: int32 (count,) and (size,)."""
+    key = _key(seed, step, site)
+    return _rows(key, *samples), _columns(key, size)
+
+
+@torch.no_grad()
 def attention_words(
     seed: Tensor, step: Tensor, site: int, samples: tuple[int, int], heads: int, queries: int, keys: int
 ) -> tuple[Tensor, Tensor]:

@@ -27,8 +27,9 @@ struct Attention {
   int32_t threads;
   // Backward. Data that is null is not needed.
   Heads dout, dq, dk, dv;
-  // (batch, heads, prompts, dim), or, shared, (parts, heads, prompts, dim) sums over a part of the batch each
-  float *dprompt_k, *dprompt_v;
+  Heads dprompt_k, dprompt_v;  // of prompts of each sample's own
+  // Of prompts that the batch shares, (parts, heads, prompts, dim): sums over a part of the batch each, added to.
+  float *prompt_k_sums, *prompt_v_sums;
   int64_t parts;
 };
 

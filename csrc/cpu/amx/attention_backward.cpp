@@ -44,18 +44,19 @@ class Backward {
            3 * ceil_div<int64_t>(n.queries, 8);
   }
 
-  // dprompt_k, dprompt_v: (prompts, dim), added to; or null.
-  void run(int64_t b, int64_t h, float* dprompt_k, float* dprompt_v) {
+  // k_sums, v_sums: (prompts, dim) of prompts that the batch shares, added to; or null.
+  void run(int64_t b, int64_t h, float* k_sums, float* v_sums) {
+    const bool needs_dk = a_.dk.data != nullptr || a_.dprompt_k.data != nullptr || k_sums != nullptr;
+    const bool needs_dv = a_.dv.data != nullptr || a_.dprompt_v.data != nullptr || v_sums != nullptr;
     pack_queries(b, h);
     for (int64_t j = 0; j < n_.keys; ++j) probabilities(b, h, j);
     for (int64_t i = 0; i < n_.queries * kBlock; i += 16)
       _mm512_store_ps(delta_ + i, _mm512_div_ps(_mm512_load_ps(delta_ + i), _mm512_load_ps(total_ + i)));
-    const bool needs_slopes = a_.dq.data != nullptr || a_.dk.data != nullptr || dprompt_k != nullptr;
     for (int64_t j = first_; j < n_.keys; ++j) {
       const bf16* p = probabilities_ + j * n_.queries * kBlockSize;
-      if (a_.dv.data != nullptr || dprompt_v != nullptr) gradient(b, h, j, p, douts_depth_, a_.dv, dprompt_v);
-      if (needs_slopes) slopes(j);
-      if (a_.dk.data != nullptr || dprompt_k != nullptr) gradient(b, h, j, slopes_, queries_depth_, a_.dk, dprompt_k);
+      if (needs_dv) gradient(b, h, j, p, douts_depth_, a_.dv, a_.dprompt_v, v_sums);
+      if (needs_dk || a_.dq.data != nullptr) slopes(j);
+      if (needs_dk) gradient(b, h, j, slopes_, queries_depth_, a_.dk, a_.dprompt_k, k_sums);
     }
     if (a_.dq.data != nullptr) query_gradient(b, h);
   }
@@ -169,7 +170,8 @@ class Backward {
   }
 
   // Rows 32 j .. of left * right, to tokens and prompts.
-  void gradient(int64_t b, int64_t h, int64_t j, const bf16* left, const bf16* right, const Heads& tokens, float* prompts) {
+  void gradient(int64_t b, int64_t h, int64_t j, const bf16* left, const bf16* right, const Heads& tokens,
+                const Heads& prompts, float* prompt_sums) {
     const int64_t count = smaller(kBlock, a_.tokens + a_.prompts - j * kBlock);
     for (int64_t w = 0; w < n_.widths; ++w) {
       zero_sums();
@@ -182,9 +184,11 @@ class Backward {
         const int64_t row = j * kBlock + r, column = w * kBlock;
         if (row < a_.tokens) {
           if (tokens.data != nullptr) store_piece(tokens, a_.dim, b, h, row, column, narrow(s.low, s.high));
-        } else if (prompts != nullptr) {
-          add(prompts + (row - a_.tokens) * a_.dim + column, a_.dim - column, s.low);
-          add(prompts + (row - a_.tokens) * a_.dim + column + 16, a_.dim - column - 16, s.high);
+        } else if (prompts.data != nullptr) {
+          store_piece(prompts, a_.dim, b, h, row - a_.tokens, column, narrow(s.low, s.high));
+        } else if (prompt_sums != nullptr) {
+          add(prompt_sums + (row - a_.tokens) * a_.dim + column, a_.dim - column, s.low);
+          add(prompt_sums + (row - a_.tokens) * a_.dim + column + 16, a_.dim - column - 16, s.high);
         }
       }
     }
@@ -234,13 +238,13 @@ class Backward {
 }  // namespace
 }  // namespace fastpeft
 
-// dprompt_k and dprompt_v are zero when this is called.
+// prompt_k_sums and prompt_v_sums are zero when this is called.
 FASTPEFT_EXPORT int32_t FASTPEFT_NAME(attention_backward)(const fastpeft::Attention* attention) {
   using namespace fastpeft;
   const Attention& a = *attention;
-  // A part of the batch and a head: whose sums over the batch's prompts lie in one place.
-  const bool shared = a.prompts > 0 && a.prompt_k.batch == 0;
-  const int64_t parts = shared ? a.parts : a.batch, groups = parts * a.heads;
+  // Without sums over the batch every sample is a part of its own.
+  const bool sums = a.prompt_k_sums != nullptr || a.prompt_v_sums != nullptr;
+  const int64_t parts = sums ? a.parts : a.batch, groups = parts * a.heads;
   const int64_t threads = smaller<int64_t>(a.threads, groups);
   bool enough = true;
   parallel(static_cast<int>(threads), [&](int index) {
@@ -253,11 +257,11 @@ FASTPEFT_EXPORT int32_t FASTPEFT_NAME(attention_backward)(const fastpeft::Attent
     Backward backward(a, memory);
     const Range mine = part_of(groups, threads, index);
     for (int64_t group = mine.begin; group < mine.end; ++group) {
-      const int64_t part = group % parts, h = group / parts;
-      const Range samples = shared ? part_of(a.batch, parts, part) : Range{part, part + 1};
-      const int64_t at = (part * a.heads + h) * a.prompts * a.dim;
-      for (int64_t b = samples.begin; b < samples.end; ++b)
-        backward.run(b, h, a.dprompt_k == nullptr ? nullptr : a.dprompt_k + at, a.dprompt_v == nullptr ? nullptr : a.dprompt_v + at);
+      const int64_t part = group % parts, h = group / parts, at = (part * a.heads + h) * a.prompts * a.dim;
+      const Range samples = part_of(a.batch, parts, part);
+      float* k_sums = a.prompt_k_sums == nullptr ? nullptr : a.prompt_k_sums + at;
+      float* v_sums = a.prompt_v_sums == nullptr ? nullptr : a.prompt_v_sums + at;
+      for (int64_t b = samples.begin; b < samples.end; ++b) backward.run(b, h, k_sums, v_sums);
     }
   });
   return enough ? kOk : kNoMemory;
