@@ -44,6 +44,7 @@ _MODULES: dict[tuple[str, str], str] = {
     ("prompt_attention", "cpu"): "fastpeft.native.vector.prompt_attention",
     ("layer_norm", "cpu"): "fastpeft.native.vector.layer_norm",
     ("mlp", "cpu"): "fastpeft.native.vector.mlp",
+    ("adapter", "cpu"): "fastpeft.native.vector.adapter",
     ("prompt_attention", "cuda"): "fastpeft.ops.cuda_attention",
     ("adapter", "cuda"): "fastpeft.ops.cuda_adapter",
     ("prompt_attention", "xformers"): "fastpeft.ops.xformers_attention",

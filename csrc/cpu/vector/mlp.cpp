@@ -43,7 +43,7 @@ FASTPEFT_INLINE Floats load_slope(const uint8_t* p, Part part) {
   return load_slope(held, Whole{});
 }
 
-// Splits the numbers among threads, a row or a piece of one at a time: where a row does not matter there is only one.
+// Splits the rows among threads.
 template <class Body>
 FASTPEFT_INLINE void each_row(const Mlp& a, const Body& body) {
   const int threads = team(a.threads, a.rows);
@@ -92,6 +92,36 @@ void backward_as(const Mlp& a) {
   });
 }
 
+// The end of an adapter: (u + bias) * scale + residual in the place of u.
+struct Sum {
+  int64_t rows, columns;
+  void* values;           // (rows, columns)
+  const float* bias;      // columns, or null
+  const void* residual;   // rows at a distance, or null
+  int64_t residual_row;
+  float scale;
+  int32_t threads, half, unused;
+};
+
+template <class T>
+void add_residual(const Sum& a) {
+  const int threads = team(a.threads, a.rows);
+  parallel(threads, [&](int index) {
+    const Range mine = part_of(a.rows, threads, index);
+    for (int64_t r = mine.begin; r < mine.end; ++r) {
+      T* values = static_cast<T*>(a.values) + r * a.columns;
+      const T* residual = a.residual ? static_cast<const T*>(a.residual) + r * a.residual_row : nullptr;
+      over(a.columns, [&](int64_t i, auto how, int) {
+        Floats u = load(values + i, how);
+        if (a.bias) u += load(a.bias + i, how);
+        u *= a.scale;
+        if (residual) u += load(residual + i, how);
+        store(values + i, u, how);
+      });
+    }
+  });
+}
+
 template <class T>
 void forward(const Mlp& a) {
   with_activation(a.activation, [&](auto kind) {
@@ -121,5 +151,11 @@ FASTPEFT_EXPORT int32_t FASTPEFT_NAME(mlp_forward)(const void* arguments) {
 FASTPEFT_EXPORT int32_t FASTPEFT_NAME(mlp_backward)(const void* arguments) {
   const auto& a = *static_cast<const fastpeft::Mlp*>(arguments);
   a.half ? fastpeft::backward<fastpeft::bf16>(a) : fastpeft::backward<float>(a);
+  return fastpeft::kOk;
+}
+
+FASTPEFT_EXPORT int32_t FASTPEFT_NAME(adapter_sum)(const void* arguments) {
+  const auto& a = *static_cast<const fastpeft::Sum*>(arguments);
+  a.half ? fastpeft::add_residual<fastpeft::bf16>(a) : fastpeft::add_residual<float>(a);
   return fastpeft::kOk;
 }
