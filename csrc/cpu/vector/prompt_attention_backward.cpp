@@ -1,9 +1,11 @@
 // Gradients of attention, a head of a sample at a time, a block of queries at a time:
 //
-//     P = exp(scores - lse),   dP = dO V^T,   dS = P (dP - sum_d dO O)
+//     P = exp(scores - lse),   dP = dO V^T,   dS = P (dP - sum_j P dP)
 //     dQ = scale dS K,   dK += scale dS^T Q,   dV += P^T dO
 //
-// Only what is asked for is computed: where neither queries nor tokens need gradients, the prompts' columns alone.
+// The sum is that of dO O, too, which is what is computed where O is not rounded; in bf16 its rounding would be what is left
+// where the keys have much in common. Only what is asked for is computed: where neither queries nor tokens need gradients,
+// and the sum does not need all keys, the prompts' columns alone.
 
 #include "prompt_attention.h"
 
@@ -23,7 +25,7 @@ class Backward {
         keys_needed_(rows_of(a.dk.data, a.dprompt_k)),
         values_needed_(rows_of(a.dv.data, a.dprompt_v)) {
     const int64_t from = smaller(keys_needed_.begin, values_needed_.begin);
-    first_ = needs_q_ ? 0 : from / kPanel * kPanel;
+    first_ = needs_q_ || (kRounded && needs_scores_) ? 0 : from / kPanel * kPanel;
     const auto take = [&](int64_t count) {
       float* mine = memory;
       memory += count;
@@ -62,6 +64,8 @@ class Backward {
  private:
   // Queries for which it is not worth to bring keys and values into panels.
   static constexpr int64_t kFew = 4;
+  // O is not what the probabilities give.
+  static constexpr bool kRounded = sizeof(T) == 2;
 
   // Keys whose gradient is needed, tokens' or prompts'.
   Range rows_of(const void* tokens, const void* prompts) const {
@@ -101,11 +105,12 @@ class Backward {
     add_products(values_needed_, count, p_, dout_panels_, dv_);
   }
 
-  // Query i and what arrives at its output, as row r; returns the sum of dO O.
+  // Query i and what arrives at its output, as row r; returns the sum of dO O, unless O is rounded.
   FASTPEFT_INLINE float read(int64_t b, int64_t h, int64_t i, int64_t r) {
     const T *dout = row_of<const T>(a_.dout, b, h, i), *out = row_of<const T>(a_.out, b, h, i);
     put_row(row_of<const T>(a_.q, b, h, i), a_.dim, q_ + r * n_.width);
     put_row(dout, a_.dim, dout_ + r * n_.width);
+    if (kRounded) return 0.0f;
     Floats total[4] = {};
     over(a_.dim, [&](int64_t d, auto how, int k) { total[k] += load(dout + d, how) * load(out + d, how); });
     return sum(total);
@@ -126,6 +131,7 @@ class Backward {
         p_[r * n_.line + j] = dot(q_ + r * n_.width, k);
         if (needs_scores_) ds_[r * n_.line + j] = dot(dout_ + r * n_.width, v);
       }
+      for (int64_t j = n_.keys; j < whole_vectors(n_.keys); ++j) p_[r * n_.line + j] = ds_[r * n_.line + j] = 0.0f;
       probabilities(b, h, r, sums[r], p_ + r * n_.line, ds_ + r * n_.line);
     }
     for (int64_t r = 0; needs_q_ && r < a_.queries; ++r) {
@@ -176,7 +182,8 @@ class Backward {
     const Row row(a_, b, h, i);
     const float lse = a_.lse[(b * a_.heads + h) * a_.queries + i];
     const float shift = lse == -kInfinity ? 0.0f : lse;
-    over_keys(first_, n_.keys, [&](int64_t j, int) {
+    Floats products[4] = {};
+    over_keys(first_, n_.keys, [&](int64_t j, [[maybe_unused]] int k) {
       Floats x = load(p + j);
       if constexpr (plain) {
         x *= a_.scale;
@@ -185,11 +192,28 @@ class Backward {
         x = row.logits(x, j);
       }
       x = exp(x - shift);
-      Floats kept = x;
-      if constexpr (!plain) kept *= row.kept(j);
+      if constexpr (kRounded) {
+        store(p + j, x);
+        if (needs_scores_) {
+          const Floats slope = plain ? load(ds + j) : row.kept(j) * load(ds + j);
+          // Beyond the last key there is nothing but zeros.
+          products[k] += x * slope;
+          store(ds + j, slope);
+        }
+        return;
+      }
+      const Floats kept = plain ? x : x * row.kept(j);
       store(p + j, kept);
       if (needs_scores_) store(ds + j, kept * load(ds + j) - x * total);
     });
+    if constexpr (kRounded) {
+      total = sum(products);
+      over_keys(first_, n_.keys, [&](int64_t j, int) {
+        const Floats x = load(p + j);
+        if (needs_scores_) store(ds + j, x * (load(ds + j) - total));
+        if constexpr (!plain) store(p + j, x * row.kept(j));
+      });
+    }
   }
 
   // Sums of a head to where they belong.
