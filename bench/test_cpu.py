@@ -17,7 +17,7 @@ import torch
 from bench.cases import token_rows
 from bench.cpu.floor import Floor
 from bench.cpu.goals import PEERS
-from bench.cpu.rows import FLOOR, WARMUP, Clock, quartiles, release, saved, threads
+from bench.cpu.rows import FLOOR, WARMUP, Clock, ratios, release, saved, summary, threads
 from bench.cpu.rows import peak as peak_memory
 from bench.cpu.shapes import VIT_B, Models, Shape
 from bench.cpu.variants import Variant, step_of
@@ -46,12 +46,12 @@ def _turns(group: str, models: Models) -> dict[str, float]:
     steps = {name: step_of(Variant.of(name), _SHAPE, models) for name in (ours, peer)}
     clocks = {name: Clock(step) for name, step in steps.items()}
     clocks[FLOOR] = Clock(Floor(plain, token_rows(plain, _SHAPE.images)))
-    timings = interleave(clocks, turns=_TURNS, warmup=WARMUP, budget=_SECONDS)
-    rounds = zip(*(clocks[name].seconds[WARMUP:] for name in (peer, ours)), strict=True)
-    low, _, high = quartiles([theirs / mine for theirs, mine in rounds])
+    interleave(clocks, turns=_TURNS, warmup=WARMUP, budget=_SECONDS)
+    row = {"variants": {name: summary(clock.seconds[WARMUP:]) for name, clock in clocks.items()}}
+    found, low, high = ratios(row, peer, ours)
     return {
-        "floor_ms": timings[FLOOR].median * 1000,
-        "times_as_fast": timings[peer].median / timings[ours].median,
+        "floor_ms": row["variants"][FLOOR]["median_ms"],
+        "times_as_fast": found,
         "times_as_fast_p25": low,
         "times_as_fast_p75": high,
     }

@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--again", action="store_true", help="measure rows that the file already holds")
     parser.add_argument("--breakdown", action="store_true", help="time of every native call of a step instead")
     parser.add_argument("--turns", type=int, help="rounds of each row; default as many as fit into --seconds")
-    parser.add_argument("--seconds", type=float, default=20.0, help="after which no further round of a row begins")
+    parser.add_argument("--seconds", type=float, default=30.0, help="after which no further round of a row begins")
     parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait until others are idle")
     parser.add_argument("--busy", action="store_true", help="measure although others compute; says little")
     parser.add_argument("--tiny", action="store_true", help="two narrow blocks, to try the program out; needs --out")

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from bench.cpu import idle
-from bench.cpu.rows import MAIN, WARMUP, Settings, described, little, release, threads
+from bench.cpu.rows import MAIN, Settings, described, little, release, threads
 from bench.cpu.shapes import Models, Shape
 from bench.cpu.tables import text
 from bench.cpu.variants import Variant, step_of
 from fastpeft.native import attention, blocked, factors, gemm, layer_norm
 
 VARIANTS = tuple(Variant("ours", method) for method in ("vpt-1", "vpt-200", "vpt-200-sample-mask", "lora"))
-_STEPS = 12
+_STEPS, _WARMUP = 12, 3
 _NATIVE = "fastpeft.native"
 _WARM_ROWS = 512
 
@@ -201,7 +201,7 @@ def _broken_down(shape: Shape, variant: Variant, settings: Settings, models: Mod
     step = step_of(variant, shape, models)
     if not (settings.tiny or settings.busy):
         idle.wait(settings.wait)
-    for _ in range(WARMUP):
+    for _ in range(_WARMUP):
         step()
     rates = ceilings(settings.tiny)
     others = idle.Others()

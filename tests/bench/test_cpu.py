@@ -90,14 +90,25 @@ def test_a_row_during_which_others_compute_is_no_row(monkeypatch):
         rows.timed(shape, ("ours lora",), Settings(), Models())
 
 
-def test_own_work_is_not_that_of_others():
+def test_own_work_is_not_that_of_others(tmp_path, monkeypatch):
+    tick = idle.os.sysconf("SC_CLK_TCK")
+    clock, own = [10.0], [1.0]
+    monkeypatch.setattr(idle, "_STAT", tmp_path / "stat")
+    monkeypatch.setattr(idle.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(idle.os, "times", lambda: (own[0], 0.0, 0.5, 0.0, clock[0]))
+
+    def system(user, steal):
+        numbers = [user * tick, 0, tick, 99 * tick, 99 * tick, 0, 0, steal * tick, 0, 0]
+        (tmp_path / "stat").write_text(f"cpu  {' '.join(map(str, numbers))}\ncpu0 0 0\n")
+
+    system(user=50, steal=3)
     others = idle.Others()
-    until = idle.time.perf_counter() + 0.3
-    while idle.time.perf_counter() < until:
-        pass
-    found = others.cores()
-    # Whoever else is at work here can only add: what is seen is at least nothing, at most all cores but this one.
-    assert found is None or 0 <= found <= (idle.os.cpu_count() or 1) - 0.8
+    # Ten seconds on: five of this process, two of others and one stolen.
+    clock[0], own[0] = 20.0, 6.0
+    system(user=57, steal=4)
+    assert others.cores() == pytest.approx(0.3)
+    monkeypatch.setattr(idle, "_STAT", tmp_path / "no such file")
+    assert idle.load() is None
 
 
 def test_the_floor_is_the_products_of_all_blocks():
