@@ -2,7 +2,8 @@
 
 Prints registers, spills, shared memory and the matrix instructions of each kernel with the launch choices that the chip
 would get, and exits with 1 if one spills, asks for more shared memory than the chip has, or multiplies matrices without
-tensor cores. Compiling shows that a kernel can run, not that it is right or fast there.
+tensor cores. Compiling shows that a kernel can run, not that it is right or fast there. `--candidates` compiles what
+tuning would measure besides (`kernels/_tune.py`), for the cases that an operator names in `CANDIDATES`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,13 @@ import os
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from fastpeft.kernels._compile import Compiled
+    from fastpeft.kernels._launch import Launch
 
 CHIPS = (80, 90, 100)
 
@@ -29,16 +37,49 @@ def cases_of(operator: str) -> dict[str, Callable[[], object]]:
     return importlib.import_module(f"bench.kernel_cases.{operator}").CASES
 
 
-def inspect(operator: str, chips: tuple[int, ...]) -> Iterator[tuple[str, object, list[str]]]:
-    """(label, compiled kernel, complaints) of each distinct launch of an operator's cases."""
+def candidate_cases_of(operator: str) -> dict[str, Callable[[], object]]:
+    """The cases that show which candidates there are."""
+    names = importlib.import_module(f"bench.kernel_cases.{operator}").CANDIDATES
+    return {name: cases_of(operator)[name] for name in names}
+
+
+def _compiled_as(launch: Launch) -> str:
+    """What distinguishes kernels that a chip compiles apart; sizes do so by being one or divisible."""
+    arguments = [
+        f"{name}={getattr(value, 'dtype', value)}"
+        for name, value in launch.arguments.items()
+        if isinstance(value, (bool, str, float, torch.Tensor)) or value is None or name.isupper()
+    ]
+    return " ".join([launch.name, *arguments, f"warps={launch.num_warps} stages={launch.num_stages}"])
+
+
+def _blocks_of(launch: Launch) -> str:
+    """The launch choice in a few words."""
+    sizes = [str(value) for name, value in launch.arguments.items() if name.startswith(("BLOCK", "ROWS"))]
+    return f"{'x'.join(sizes)} w{launch.num_warps} s{launch.num_stages}"
+
+
+def inspect(
+    operator: str, chips: tuple[int, ...], candidates: bool = False
+) -> Iterator[tuple[str, Compiled, list[str]]]:
+    """(label, compiled kernel, complaints) of each launch of an operator's cases, or of the candidates besides."""
     from fastpeft.kernels import _compile
     from fastpeft.kernels._launch import recording
 
-    for label, case in cases_of(operator).items():
+    seen: set[tuple[int, str]] = set()
+    for label, case in (candidate_cases_of if candidates else cases_of)(operator).items():
         for chip in chips:
-            with recording(chip) as launches:
+            with recording(chip, candidates) as launches:
                 case()
             for launch in launches:
+                if candidates:
+                    form = (chip, _compiled_as(launch))
+                    if form in seen:
+                        continue
+                    seen.add(form)
+                    label_of = f"{launch.name}: {_blocks_of(launch)}"
+                else:
+                    label_of = f"{launch.name}: {label}"
                 compiled = _compile.compile_launch(launch, chip)
                 complaints = []
                 if compiled.spills:
@@ -47,7 +88,7 @@ def inspect(operator: str, chips: tuple[int, ...]) -> Iterator[tuple[str, object
                     complaints.append(f"wants {compiled.shared} bytes of shared memory")
                 if "tl.dot" in launch.kernel.src and not compiled.tensor_cores:
                     complaints.append("multiplies matrices without tensor cores")
-                yield f"{launch.name}: {label}", compiled, complaints
+                yield label_of, compiled, complaints
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,6 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.kernels", description="Compile the Triton kernels and report on them.")
     parser.add_argument("operators", nargs="*", metavar="OPERATOR", help="all by default")
     parser.add_argument("--chips", type=int, nargs="+", default=CHIPS, metavar="CC", help="compute capabilities, as 90")
+    parser.add_argument("--candidates", action="store_true", help="what tuning would measure besides")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.operators) - set(operators()))
     if unknown:
@@ -65,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     rows, wrong = [], []
     for operator in options.operators or operators():
-        for label, compiled, complaints in inspect(operator, tuple(options.chips)):
+        for label, compiled, complaints in inspect(operator, tuple(options.chips), options.candidates):
             rows.append((label, compiled))
             wrong += [f"{label} on sm_{compiled.capability}: {complaint}" for complaint in complaints]
     print(_compile.table(rows))

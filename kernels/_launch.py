@@ -42,27 +42,36 @@ class Launch:
 
 
 @dataclass
-class _Recording:
+class Recording:
+    """What `recording` was asked for, and the launches so far."""
+
     capability: int
+    candidates: bool
     launches: list[Launch]
 
 
-_recording: ContextVar[_Recording | None] = ContextVar("recording", default=None)
+_recording: ContextVar[Recording | None] = ContextVar("recording", default=None)
 
 
 @contextlib.contextmanager
-def recording(capability: int) -> Iterator[list[Launch]]:
+def recording(capability: int, candidates: bool = False) -> Iterator[list[Launch]]:
     """List launches instead of running them.
 
     Args:
         capability: of the chip to choose for, 90 for sm_90.
+        candidates: list what tuning would measure besides the tables' choices, too.
     """
-    state = _Recording(capability, [])
+    state = Recording(capability, candidates, [])
     token = _recording.set(state)
     try:
         yield state.launches
     finally:
         _recording.reset(token)
+
+
+def recorder() -> Recording | None:
+    """The innermost `recording` that is under way."""
+    return _recording.get()
 
 
 def capability_of(device: torch.device) -> int:

@@ -87,9 +87,7 @@ def choose_tiles(
         widest: largest number of columns that a tile may have.
         low: columns of a second, narrow right factor and bytes of its elements.
     """
-    size = dtype.itemsize
-    # A second sum takes registers of the first.
-    share = 2 if low[0] > 16 else 1
+    size, share = dtype.itemsize, _share(low)
     if not on_matrix_units(dtype, capability):
         # The operands of a step pass through registers.
         small = large = Tiles(64 // share, 64 // share, 16, 4, 2)
@@ -100,7 +98,38 @@ def choose_tiles(
         small = Tiles(64, 64, 128 // size, 4, 4)
         large = Tiles(128, (256 if capability in (90, 100) and size == 2 else 128) // share, 128 // size, 8, 4)
     filled = -(-rows // large.m) * -(-columns // large.n) >= processors
-    tiles = large if filled else small
+    return _fitted(large if filled else small, size, capability, widest, low)
+
+
+def tile_candidates(
+    table: Tiles,
+    dtype: torch.dtype,
+    capability: int,
+    whole: bool,
+    widest: int = 256,
+    low: tuple[int, int] = (0, 0),
+) -> list[Tiles]:
+    """Tiles that may be faster than the table's, with the arguments of `choose_tiles`; none for what is not `whole`."""
+    if not on_matrix_units(dtype, capability) or not whole:
+        return []
+    size = dtype.itemsize
+    step = 128 // size
+    wide = 128 // _share(low)
+    shapes = [(64, 64, step, 4, 4), (64, wide, step, 4, 3), (128, 64, step, 8, 3), (128, wide, step // 2, 8, 4)]
+    shapes += [(128, wide, step, 8, 3)]
+    if table.n > wide:
+        shapes += [(table.m, table.n, step // 2, table.warps, 4)]
+    found = [_fitted(Tiles(*shape), size, capability, widest, low) for shape in shapes]
+    return [tiles for tiles in dict.fromkeys(found) if tiles != table and tiles.stages > 1]
+
+
+def _share(low: tuple[int, int]) -> int:
+    """What a second sum leaves of the first one's columns, since it takes registers of it."""
+    return 2 if low[0] > 16 else 1
+
+
+def _fitted(tiles: Tiles, size: int, capability: int, widest: int, low: tuple[int, int]) -> Tiles:
+    """Tiles no wider than the widest, with the stages for which there is shared memory."""
     n = min(tiles.n, widest)
     step = tiles.k * ((tiles.m + n) * size + low[0] * low[1])
     steps = (SHARED_LIMIT.get(capability, SHARED_LIMIT[75]) - 4096) // step

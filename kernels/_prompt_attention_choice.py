@@ -12,7 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
+from fastpeft.kernels._compile import SHARED_LIMIT
 from fastpeft.kernels._launch import capability_of, processors_of
+from fastpeft.kernels._tune import rounded
 
 
 class Blocks(NamedTuple):
@@ -71,6 +73,31 @@ _TF32: _Table = {
     "prompts": (Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 8, 2)),
 }
 
+# Queries, keys and warps to measure besides the tables', of 2-byte formats, without dropout and without a bias a score.
+_Shapes = tuple[tuple[int, int, int], ...]
+_ALSO: dict[str, tuple[_Shapes, _Shapes, _Shapes]] = {
+    "forward": (
+        ((128, 64, 8), (64, 32, 4), (128, 32, 8), (64, 128, 8)),
+        ((64, 32, 4), (128, 64, 8), (128, 32, 8)),
+        ((64, 32, 4), (128, 64, 8), (128, 32, 8)),
+    ),
+    "queries": (
+        ((64, 32, 4), (64, 64, 8), (128, 32, 8)),
+        ((64, 32, 4), (64, 64, 8)),
+        ((64, 32, 8), (64, 64, 8)),
+    ),
+    "keys": (
+        ((32, 64, 4), (64, 64, 8), (32, 128, 8)),
+        ((32, 64, 4), (64, 64, 8)),
+        ((32, 64, 8), (64, 64, 8)),
+    ),
+    "prompts": (
+        ((32, 64, 4), (64, 64, 8), (64, 32, 4)),
+        ((32, 64, 8), (64, 64, 8), (32, 32, 4)),
+        ((32, 64, 8), (64, 64, 8), (32, 32, 8)),
+    ),
+}
+
 
 def widths(width: int) -> tuple[int, int]:
     """Columns of the two tiles that hold a head dimension, the second 0 where one tile is not wider than two."""
@@ -111,6 +138,51 @@ def choose(kernel: str, values: dict[str, Any], q: Tensor) -> Blocks:
         )
     elif kernel == "forward" and table is _GROUP and _fills(values, processors_of(q.device)):
         blocks = blocks._replace(m=128, warps=8)
+    return _fitted(kernel, values, blocks)
+
+
+def candidates(kernel: str, values: dict[str, Any], q: Tensor) -> list[Blocks]:
+    """Blocks that may be faster than those that `choose` gives for the same arguments.
+
+    None for exact fp32 and for compute capability 7.5. Where dropout or a bias takes registers, only stages differ.
+    """
+    capability = capability_of(q.device)
+    if capability < 80 or (q.dtype == torch.float32 and values["PRECISION"] == "ieee"):
+        return []
+    table = choose(kernel, values, q)
+    found = [table._replace(stages=stages) for stages in (1, 2, 3, 4) if abs(stages - table.stages) == 1]
+    if not values["DROPOUT"] and values["BIAS"] != 1:
+        width = values["MAIN"] + values["REST"]
+        shapes = _ALSO[kernel][next(i for i, limit in enumerate(_WIDTHS) if width <= limit)]
+        half = q.dtype != torch.float32
+        found += [_fitted(kernel, values, Blocks(*shape, 2)) for shape in shapes if half]
+    limit = SHARED_LIMIT.get(capability, SHARED_LIMIT[75]) - 4096
+    return [blocks for blocks in found if _shared_bytes(kernel, blocks, values, q) <= limit]
+
+
+def _shared_bytes(kernel: str, blocks: Blocks, values: dict[str, Any], q: Tensor) -> int:
+    """Bytes of the rows that a program holds, and of those that it walks over, once a stage; two tensors of each."""
+    held, walked = (blocks.m, blocks.n) if kernel in ("forward", "queries") else (blocks.n, blocks.m)
+    return 2 * (held + blocks.stages * walked) * (values["MAIN"] + values["REST"]) * q.element_size()
+
+
+def key(values: dict[str, Any], q: Tensor, *flags: str) -> dict[str, object]:
+    """Class of a launch; `flags` name arguments that this kernel is compiled for besides those of all."""
+    found: dict[str, object] = {
+        "heads": rounded(values["B"] * values["H"]),
+        "queries": rounded(values["Nq"]),
+        "tokens": rounded(values["N"]),
+        "prompts": rounded(values["P"]),
+        "width": values["D"],
+        "dtype": q.dtype,
+        "aligned": all(values[f"{name}_n"] % 8 == 0 for name in ("q", "k", "v")),
+    }
+    common = ("BIAS", "CAUSAL", "DROPOUT", "PROMPTS", "SHARED", "BANK", "PRECISION")
+    return found | {name.lower(): values[name] for name in (*common, *flags)}
+
+
+def _fitted(kernel: str, values: dict[str, Any], blocks: Blocks) -> Blocks:
+    """Blocks no larger than what there is to be divided."""
     keys = values["P"] if kernel == "prompts" else values["N"]
     if kernel in ("forward", "queries"):
         keys += values["P"]

@@ -13,6 +13,7 @@ in fp32 are rounded to x's dtype as they are loaded.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from fastpeft.kernels._activation import CODES, activate, derivative
 from fastpeft.kernels._compile import SHARED_LIMIT
 from fastpeft.kernels._launch import capability_of, launch, processors_of
 from fastpeft.kernels._matmul import aligned, precision, type_reasons
+from fastpeft.kernels._tune import rounded, tuned
 
 MOST_HIDDEN = 256
 # Numbers of rows are 32-bit in the kernels; offsets are 64-bit.
@@ -279,11 +281,10 @@ def forward(
     M, d = x.shape
     hidden = down_weight.shape[0]
     y = torch.empty((M, d), dtype=x.dtype, device=x.device)
-    tiles = _row_tiles(x, down_weight, up_weight, products=1)
-    launch(
-        adapter_forward,
-        (triton.cdiv(M, tiles.m),),
-        {
+    table = _row_tiles(x, down_weight, up_weight, products=1)
+
+    def run(tiles: _RowTiles) -> Tensor:
+        arguments = {
             "x_ptr": x,
             "down_ptr": down_weight,
             "down_bias_ptr": down_bias,
@@ -305,11 +306,14 @@ def forward(
             "BLOCK_H": tiles.h,
             "EVEN": d % tiles.d == 0,
             "PRECISION": precision(x.dtype),
-        },
-        tiles.warps,
-        tiles.stages,
-    )
-    return y
+        }
+        launch(adapter_forward, (triton.cdiv(M, tiles.m),), arguments, tiles.warps, tiles.stages)
+        return y
+
+    key = _key(x, down_weight, up_weight, down_bias, activation)
+    key |= {"up_bias": up_bias is not None, "residual": residual is not None}
+    others = functools.partial(_row_candidates, table, x, down_weight, up_weight, products=1)
+    return tuned(adapter_forward, x.device, key, table, others, run)
 
 
 def backward(
@@ -351,17 +355,16 @@ def backward(
         dy = dy.contiguous()
     M, d = x.shape
     hidden = down_weight.shape[0]
-    tiles = _row_tiles(x, down_weight, up_weight, products=2)
-    programs = triton.cdiv(M, tiles.m)
+    table = _row_tiles(x, down_weight, up_weight, products=2)
     dx = torch.empty((M, d), dtype=x.dtype, device=x.device) if needs_x else None
     h, dz = (torch.empty((M, hidden), dtype=x.dtype, device=x.device) if needs_weights else None for _ in range(2))
-    dz_sum = None
-    if needs_weights and down_bias is not None:
-        dz_sum = torch.empty((programs, hidden), dtype=torch.float32, device=x.device)
-    launch(
-        adapter_backward_rows,
-        (programs,),
-        {
+
+    def run(tiles: _RowTiles) -> tuple[Tensor | None, ...]:
+        programs = triton.cdiv(M, tiles.m)
+        dz_sum = None
+        if needs_weights and down_bias is not None:
+            dz_sum = torch.empty((programs, hidden), dtype=torch.float32, device=x.device)
+        arguments = {
             "dy_ptr": dy,
             "x_ptr": x,
             "down_ptr": down_weight,
@@ -386,10 +389,14 @@ def backward(
             "BLOCK_H": tiles.h,
             "EVEN": d % tiles.d == 0,
             "PRECISION": precision(x.dtype),
-        },
-        tiles.warps,
-        tiles.stages,
-    )
+        }
+        launch(adapter_backward_rows, (programs,), arguments, tiles.warps, tiles.stages)
+        return dx, h, dz, None if dz_sum is None else torch.sum(dz_sum, 0)
+
+    key = _key(x, down_weight, up_weight, down_bias, activation)
+    key |= {"needs_x": needs_x, "needs_weights": needs_weights, "skip": skip}
+    others = functools.partial(_row_candidates, table, x, down_weight, up_weight, products=2)
+    d_down_bias = tuned(adapter_backward_rows, x.device, key, table, others, run)[3]
     if not needs_weights:
         return dx, None, None, None, None
     d_down, _ = _summed(dz, x, 1.0, sums=False)
@@ -397,7 +404,7 @@ def backward(
     return (
         dx,
         d_down.to(down_weight.dtype),
-        None if down_bias is None else torch.sum(dz_sum, 0).to(down_bias.dtype),
+        None if d_down_bias is None else d_down_bias.to(down_bias.dtype),
         d_up.to(up_weight.dtype),
         None if up_bias is None else d_up_bias.to(up_bias.dtype),
     )
@@ -406,17 +413,16 @@ def backward(
 def _summed(left: Tensor, right: Tensor, factor: float, sums: bool) -> tuple[Tensor, Tensor | None]:
     """factor * left^T right, (P, Q), and factor * the sums of left's columns, (P,), from (M, P) and (M, Q); in fp32."""
     (M, P), Q = left.shape, right.shape[1]
-    tiles = _factor_tiles(left, right)
-    count = triton.cdiv(P, tiles.p) * triton.cdiv(Q, tiles.q)
-    splits = max(1, min(processors_of(left.device) // count, triton.cdiv(M, tiles.m)))
-    blocks = triton.cdiv(triton.cdiv(M, tiles.m), splits)
-    splits = triton.cdiv(M, tiles.m * blocks) if blocks else 0
-    out = torch.empty((splits, P, Q), dtype=torch.float32, device=left.device)
-    total = torch.empty((splits, P), dtype=torch.float32, device=left.device) if sums else None
-    launch(
-        adapter_backward_factor,
-        (count, splits),
-        {
+    table = _factor_tiles(left, right)
+
+    def run(tiles: _FactorTiles) -> tuple[Tensor, Tensor | None]:
+        count = triton.cdiv(P, tiles.p) * triton.cdiv(Q, tiles.q)
+        splits = max(1, min(processors_of(left.device) // count, triton.cdiv(M, tiles.m)))
+        blocks = triton.cdiv(triton.cdiv(M, tiles.m), splits)
+        splits = triton.cdiv(M, tiles.m * blocks) if blocks else 0
+        out = torch.empty((splits, P, Q), dtype=torch.float32, device=left.device)
+        total = torch.empty((splits, P), dtype=torch.float32, device=left.device) if sums else None
+        arguments = {
             "left_ptr": left,
             "right_ptr": right,
             "out_ptr": out,
@@ -432,11 +438,35 @@ def _summed(left: Tensor, right: Tensor, factor: float, sums: bool) -> tuple[Ten
             "BLOCK_P": tiles.p,
             "BLOCK_Q": tiles.q,
             "PRECISION": precision(left.dtype),
-        },
-        tiles.warps,
-        tiles.stages,
-    )
-    return torch.sum(out, 0), torch.sum(total, 0) if sums else None
+        }
+        launch(adapter_backward_factor, (count, splits), arguments, tiles.warps, tiles.stages)
+        return torch.sum(out, 0), torch.sum(total, 0) if sums else None
+
+    key = {
+        "rows": rounded(M),
+        "columns": f"{P}x{Q}",
+        "dtype": left.dtype,
+        "precision": precision(left.dtype),
+        "aligned": aligned(left, right),
+        "sums": sums,
+    }
+    others = functools.partial(_factor_candidates, table, left, right)
+    return tuned(adapter_backward_factor, left.device, key, table, others, run)
+
+
+def _key(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> dict[str, object]:
+    """Class of a launch over rows."""
+    return {
+        "rows": rounded(x.shape[0]),
+        "columns": x.shape[1],
+        "hidden": down.shape[0],
+        "dtype": x.dtype,
+        "precision": precision(x.dtype),
+        "factors": down.dtype if down.dtype == up.dtype else f"{down.dtype}+{up.dtype}",
+        "activation": activation,
+        "bias": None if bias is None else bias.dtype,
+        "aligned": aligned(x, down, up),
+    }
 
 
 @dataclass(frozen=True)
@@ -475,7 +505,7 @@ def _stages(most: int, step: int, capability: int) -> int:
 
 def _row_tiles(x: Tensor, down_weight: Tensor, up_weight: Tensor, products: int) -> _RowTiles:
     """Tiles of a kernel that makes so many products with all hidden units in one loop over the columns."""
-    capability, size = capability_of(x.device), x.element_size()
+    capability = capability_of(x.device)
     h = max(16, triton.next_power_of_2(down_weight.shape[0]))
     if not _multiplies_matrices(x.dtype, capability):
         m, d, warps = 32 if products * h <= 128 else 16, 16, 8
@@ -485,10 +515,34 @@ def _row_tiles(x: Tensor, down_weight: Tensor, up_weight: Tensor, products: int)
         m, d, warps = 64 if narrow else 32 if whole else 16, 64 if whole else 32, 4 if h <= 64 else 8
     while m > 16 and triton.cdiv(x.shape[0], m) < processors_of(x.device):
         m //= 2
-    column = products * (m * size + h * max(down_weight.element_size(), up_weight.element_size()))
+    column = _column_bytes(m, h, x, down_weight, up_weight, products)
     if d == 64 and _stages(3, d * column, capability) < 3:
         d = 32
     return _RowTiles(m, d, h, warps, _stages(4, d * column, capability))
+
+
+def _column_bytes(m: int, h: int, x: Tensor, down_weight: Tensor, up_weight: Tensor, products: int) -> int:
+    """Bytes that a stage needs for a column of m rows and of the factors."""
+    return products * (m * x.element_size() + h * max(down_weight.element_size(), up_weight.element_size()))
+
+
+def _row_candidates(
+    table: _RowTiles, x: Tensor, down_weight: Tensor, up_weight: Tensor, products: int
+) -> list[_RowTiles]:
+    """Tiles that may be faster than the table's; none where elements are loaded one by one or multiplied so."""
+    capability = capability_of(x.device)
+    if not _multiplies_matrices(x.dtype, capability) or not aligned(x, down_weight, up_weight):
+        return []
+    m, d, h, warps = table.m, table.d, table.h, table.warps
+    shapes = [(m // 2, d, warps, 4), (m, d, 12 - warps, 4), (m, 32, warps, 4), (m, d, warps, 2)]
+    if products * h <= 128:
+        shapes.append((2 * m, d, 8, 3))
+    found = []
+    for m, d, warps, stages in shapes:
+        fits = _stages(stages, d * _column_bytes(m, h, x, down_weight, up_weight, products), capability)
+        if m >= 16 and fits > 1:
+            found.append(_RowTiles(m, d, h, warps, fits))
+    return found
 
 
 def _factor_tiles(left: Tensor, right: Tensor) -> _FactorTiles:
@@ -503,3 +557,16 @@ def _factor_tiles(left: Tensor, right: Tensor) -> _FactorTiles:
     p, q = (min(most, max(16, triton.next_power_of_2(size))) for size in (left.shape[1], right.shape[1]))
     step = m * (p + q) * left.element_size()
     return _FactorTiles(m, p, q, 4 if p * q <= 64 * 128 else 8, _stages(4, step, capability))
+
+
+def _factor_candidates(table: _FactorTiles, left: Tensor, right: Tensor) -> list[_FactorTiles]:
+    """Tiles that may be faster than the table's; none where elements are loaded one by one or multiplied so."""
+    capability = capability_of(left.device)
+    if not _multiplies_matrices(left.dtype, capability) or not aligned(left, right):
+        return []
+    m, p, q = table.m, table.p, table.q
+    shapes = [(m // 2, p, q, table.warps), (m, p, q, 12 - table.warps)]
+    shapes += [(m, p // 2, q, 4)] if p > 64 else []
+    shapes += [(m, p, q // 2, 4)] if q > 64 else []
+    size = left.element_size()
+    return [_FactorTiles(m, p, q, w, _stages(4, m * (p + q) * size, capability)) for m, p, q, w in shapes]

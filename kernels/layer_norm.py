@@ -12,6 +12,8 @@ that the device fixes, and added in a fixed order: equal inputs give equal bits.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from fastpeft.kernels._launch import capability_of, launch, processors_of
 from fastpeft.kernels._matmul import type_reasons
+from fastpeft.kernels._tune import rounded, tuned
 
 MOST_COLUMNS = 4096
 # Numbers of rows are 32-bit in the kernels; offsets are 64-bit.
@@ -216,21 +219,20 @@ def forward(
     d = x.shape[-1]
     M = x.numel() // d
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    s = x if branch is None else torch.empty_like(y)
+    s = None if branch is None else torch.empty_like(y)
     mean = torch.empty(M, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    block, rows, warps = _blocks(M, d, processors_of(x.device))
-    launch(
-        _forward_kernel,
-        (triton.cdiv(M, rows),),
-        {
+    block = triton.next_power_of_2(d)
+
+    def run(tile: _Tile) -> tuple[Tensor | None, ...]:
+        arguments = {
             "x_ptr": x,
             "branch_ptr": branch,
             "gamma_ptr": gamma,
             "weight_ptr": weight,
             "bias_ptr": bias,
             "y_ptr": y,
-            "s_ptr": None if branch is None else s,
+            "s_ptr": s,
             "mean_ptr": mean,
             "rstd_ptr": rstd,
             "x_batch": strides[0][0],
@@ -241,13 +243,16 @@ def forward(
             "M": M,
             "d": d,
             "eps": float(eps),
-            "ROWS": rows,
+            "ROWS": tile.rows,
             "BLOCK": block,
-        },
-        warps,
-        1,
-    )
-    return y, s, mean, rstd
+        }
+        launch(_forward_kernel, (triton.cdiv(M, tile.rows),), arguments, tile.warps, 1)
+        return y, s, mean, rstd
+
+    key = _key(M, d, strides, (x, branch, branch if branch is None else gamma, weight, bias))
+    table = _tile(M, block, processors_of(x.device))
+    tuned(_forward_kernel, x.device, key, table, lambda: _candidates(table, block), run)
+    return y, x if branch is None else s, mean, rstd
 
 
 def backward(
@@ -298,25 +303,24 @@ def backward(
     d = s.shape[-1]
     M = s.numel() // d
     processors = processors_of(s.device)
-    block, rows, warps = _blocks(M, d, processors)
-    each = 1
-    if needs_bias or needs_weight:
+    block, sums = triton.next_power_of_2(d), needs_bias or needs_weight
+    table = _tile(M, block, processors)
+    if sums:
         # The sums lie in registers beside the rows.
-        rows = max(1, min(rows, 2048 // block))
-        # Four programs a processor: while some wait for their rows the others compute.
-        each = max(1, triton.cdiv(M, rows * 4 * processors))
-    programs = triton.cdiv(M, rows * each)
+        table = table._replace(rows=max(1, min(table.rows, 2048 // block)))
     apart = needs_branch and gamma is not None
     dx = torch.empty(s.shape, dtype=s.dtype, device=s.device) if needs_x or (needs_branch and not apart) else None
     dbranch = torch.empty(s.shape, dtype=s.dtype, device=s.device) if apart else None
-    dbias, dweight = (
-        torch.empty((programs, d), dtype=torch.float32, device=s.device) if need else None
-        for need in (needs_bias, needs_weight)
-    )
-    launch(
-        _backward_kernel,
-        (programs,),
-        {
+
+    def run(tile: _Tile) -> tuple[Tensor | None, ...]:
+        # Four programs a processor: while some wait for their rows the others compute.
+        each = max(1, triton.cdiv(M, tile.rows * 4 * processors)) if sums else 1
+        programs = triton.cdiv(M, tile.rows * each)
+        dbias, dweight = (
+            torch.empty((programs, d), dtype=torch.float32, device=s.device) if need else None
+            for need in (needs_bias, needs_weight)
+        )
+        arguments = {
             "dy_ptr": dy,
             "s_ptr": s,
             "ds_ptr": ds,
@@ -339,31 +343,57 @@ def backward(
             "d": d,
             "blocks": each,
             "INPUTS": needs_x or needs_branch,
-            "ROWS": rows,
+            "ROWS": tile.rows,
             "BLOCK": block,
-        },
-        warps,
-        1,
-    )
+        }
+        launch(_backward_kernel, (programs,), arguments, tile.warps, 1)
+        return dx, dbranch, *(None if part is None else torch.sum(part, 0) for part in (dbias, dweight))
+
+    key = _key(M, d, strides, (s, ds, gamma if apart else None, weight, dx, dbranch))
+    key |= {"sums": needs_bias + 2 * needs_weight}
+    _, _, dbias, dweight = tuned(_backward_kernel, s.device, key, table, lambda: _candidates(table, block, sums), run)
     return (
         dx if needs_x else None,
         (dbranch if apart else dx) if needs_branch else None,
-        torch.sum(dbias, 0).to(bias_dtype) if needs_bias else None,
-        torch.sum(dweight, 0).to(weight.dtype) if needs_weight else None,
+        None if dbias is None else dbias.to(bias_dtype),
+        None if dweight is None else dweight.to(weight.dtype),
     )
 
 
-def _blocks(rows: int, columns: int, processors: int) -> tuple[int, int, int]:
-    """Columns (a power of two) and rows of a program's tile, and its warps."""
-    block = triton.next_power_of_2(columns)
+class _Tile(NamedTuple):
+    """Rows of a program's tile, and its warps."""
+
+    rows: int
+    warps: int
+
+
+def _tile(rows: int, block: int, processors: int) -> _Tile:
+    """The table's choice for so many rows, padded to `block` columns."""
     if block > 1024:
-        return block, 1, block // 512
+        return _Tile(1, block // 512)
     # A warp has at most one row of 1024: its sums then need no shared memory.
     warps = 4
     tile = min(max(1, 1024 // block), 4) * warps
     while tile > 1 and triton.cdiv(rows, tile) < 2 * processors:
         tile //= 2
-    return block, tile, min(warps, max(1, tile * block // 256))
+    return _Tile(tile, min(warps, max(1, tile * block // 256)))
+
+
+def _candidates(table: _Tile, block: int, sums: bool = False) -> list[_Tile]:
+    """Half and twice the rows or warps, 256 to 1024 numbers for each warp; rows are not doubled beside sums."""
+    most = table.rows * block // table.warps if sums else 1024
+    pairs = [(1, 2), (2, 1), (1, 4), (2, 4)] + ([] if sums else [(4, 1), (4, 2), (4, 4)])
+    found = (_Tile(table.rows * rows // 2, table.warps * warps // 2) for rows, warps in pairs)
+    return [t for t in found if t.rows and 1 <= t.warps <= 8 and 256 <= t.rows * block // t.warps <= most]
+
+
+def _key(
+    rows: int, columns: int, strides: list[tuple[int, int]], tensors: tuple[Tensor | None, ...]
+) -> dict[str, object]:
+    """Class of a launch: which tensors there are, of which types."""
+    types = ",".join("-" if t is None else str(t.dtype).removeprefix("torch.") for t in tensors)
+    whole = all(step % 16 == 0 for steps in strides for step in steps)
+    return {"rows": rounded(rows), "columns": columns, "types": types, "aligned": whole}
 
 
 def _rows(tensors: list[Tensor]) -> tuple[list[tuple[int, int]], int] | None:

@@ -11,15 +11,17 @@ terms in place. The factors' gradients are sums over rows, split among programs 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from fastpeft.kernels._compile import SHARED_LIMIT
 from fastpeft.kernels._launch import capability_of, launch, processors_of
 from fastpeft.kernels._lora_linear_beside import (
     lora_linear_backward_beside,
@@ -27,7 +29,16 @@ from fastpeft.kernels._lora_linear_beside import (
     lora_linear_forward_beside,
 )
 from fastpeft.kernels._lora_linear_fused import lora_linear_backward_fused, lora_linear_forward_fused
-from fastpeft.kernels._matmul import aligned, choose_tiles, on_matrix_units, precision, type_reasons
+from fastpeft.kernels._matmul import (
+    Tiles,
+    aligned,
+    choose_tiles,
+    on_matrix_units,
+    precision,
+    tile_candidates,
+    type_reasons,
+)
+from fastpeft.kernels._tune import rounded, tuned
 
 # a (r, K), b (stop - start, r), scale, start, stop.
 Term = tuple[Tensor, Tensor, float, int, int]
@@ -115,31 +126,47 @@ def forward(
         everywhere = _everywhere(terms, columns)
         widest = 256 if everywhere else _border_block(terms, columns)
         low = (_rank_block(terms), terms[0][0].dtype.itemsize)
-        tiles = choose_tiles(rows, columns, x.dtype, capability, processors, aligned(x, weight), widest, low)
-        arguments = dict(
-            x_ptr=x, weight_ptr=weight, bias_ptr=bias, y_ptr=y, h_ptr=h, **shared,
-            M=rows, N=columns, K=inner, x_row=x.stride(0), weight_row=weight.stride(0),
-            RANKS=h.shape[1], EVERYWHERE=everywhere,
-            BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, BLOCK_R=low[0],
-            EVEN=inner % tiles.k == 0, PRECISION=precision(x.dtype),
-        )  # fmt: skip
-        grid = (triton.cdiv(rows, tiles.m) * triton.cdiv(columns, tiles.n),)
-        launch(lora_linear_forward_fused, grid, arguments, tiles.warps, tiles.stages)
-        return y, h
+        whole = aligned(x, weight)
+        table = choose_tiles(rows, columns, x.dtype, capability, processors, whole, widest, low)
+
+        def run(tiles: Tiles) -> tuple[Tensor, Tensor]:
+            arguments = dict(
+                x_ptr=x, weight_ptr=weight, bias_ptr=bias, y_ptr=y, h_ptr=h, **shared,
+                M=rows, N=columns, K=inner, x_row=x.stride(0), weight_row=weight.stride(0),
+                RANKS=h.shape[1], EVERYWHERE=everywhere,
+                BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, BLOCK_R=low[0],
+                EVEN=inner % tiles.k == 0, PRECISION=precision(x.dtype),
+            )  # fmt: skip
+            grid = (triton.cdiv(rows, tiles.m) * triton.cdiv(columns, tiles.n),)
+            launch(lora_linear_forward_fused, grid, arguments, tiles.warps, tiles.stages)
+            return y, h
+
+        key = _key(x, columns, terms, whole) | {"bias": None if bias is None else bias.dtype}
+        others = functools.partial(tile_candidates, table, x.dtype, capability, whole, widest, low)
+        return tuned(lora_linear_forward_fused, x.device, key, table, others, run)
     # With `out`, neither autocast nor autograd touches the product.
     if bias is None:
         torch.mm(x, weight.t(), out=y)
     else:
         torch.addmm(bias.to(x.dtype), x, weight.t(), out=y)
-    block_m, block_n, block_k, warps, stages = _beside_blocks(x.dtype, capability, aligned(x), terms)
     widest = max(stop - start for *_, start, stop in terms)
-    grid = _beside_grid(rows, widest, block_m, block_n, processors)
-    arguments = dict(
-        x_ptr=x, y_ptr=y, h_ptr=h, **shared, M=rows, K=inner, x_row=x.stride(0), y_row=columns, RANKS=h.shape[1],
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=_rank_block(terms), PRECISION=precision(x.dtype),
-    )  # fmt: skip
-    launch(lora_linear_forward_beside, grid, arguments, warps, stages)
-    return y, h
+
+    def run_beside(tiles: Tiles, y: Tensor) -> tuple[Tensor, Tensor]:
+        arguments = dict(
+            x_ptr=x, y_ptr=y, h_ptr=h, **shared,
+            M=rows, K=inner, x_row=x.stride(0), y_row=columns, RANKS=h.shape[1],
+            BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, BLOCK_R=_rank_block(terms),
+            PRECISION=precision(x.dtype),
+        )  # fmt: skip
+        grid = _beside_grid(rows, widest, tiles.m, tiles.n, processors)
+        launch(lora_linear_forward_beside, grid, arguments, tiles.warps, tiles.stages)
+        return y, h
+
+    whole = aligned(x)
+    table = _beside_tiles(x.dtype, capability, whole, terms)
+    others = functools.partial(_beside_candidates, table, x.dtype, capability, whole, terms)
+    key = _key(x, columns, terms, whole)
+    return tuned(lora_linear_forward_beside, x.device, key, table, others, run_beside, (y,))
 
 
 def backward(
@@ -185,29 +212,45 @@ def backward(
     if needs_x and variant == "fused":
         everywhere = _everywhere(terms, columns)
         low = (_rank_block(terms), terms[0][0].dtype.itemsize)
-        tiles = choose_tiles(rows, inner, x.dtype, capability, processors, aligned(dy, weight), low=low)
+        whole = aligned(dy, weight)
+        table = choose_tiles(rows, inner, x.dtype, capability, processors, whole, low=low)
         borders = (columns, *(border for *_, start, stop in terms for border in (start, stop)))
-        arguments = dict(
-            dy_ptr=dy, weight_ptr=weight, dx_ptr=dx, g_ptr=g, **shared,
-            M=rows, N=columns, K=inner, dy_row=dy.stride(0), weight_row=weight.stride(0),
-            RANKS=h.shape[1], KEEP=needs_factors, EVERYWHERE=everywhere,
-            BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, BLOCK_R=low[0],
-            EVEN=math.gcd(*borders) % tiles.k == 0, PRECISION=precision(x.dtype),
-        )  # fmt: skip
-        grid = (triton.cdiv(rows, tiles.m) * triton.cdiv(inner, tiles.n),)
-        launch(lora_linear_backward_fused, grid, arguments, tiles.warps, tiles.stages)
+
+        def run(tiles: Tiles) -> tuple[Tensor | None, ...]:
+            arguments = dict(
+                dy_ptr=dy, weight_ptr=weight, dx_ptr=dx, g_ptr=g, **shared,
+                M=rows, N=columns, K=inner, dy_row=dy.stride(0), weight_row=weight.stride(0),
+                RANKS=h.shape[1], KEEP=needs_factors, EVERYWHERE=everywhere,
+                BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, BLOCK_R=low[0],
+                EVEN=math.gcd(*borders) % tiles.k == 0, PRECISION=precision(x.dtype),
+            )  # fmt: skip
+            grid = (triton.cdiv(rows, tiles.m) * triton.cdiv(inner, tiles.n),)
+            launch(lora_linear_backward_fused, grid, arguments, tiles.warps, tiles.stages)
+            return dx, g
+
+        others = functools.partial(tile_candidates, table, x.dtype, capability, whole, low=low)
+        key = _key(x, columns, terms, whole) | {"keep": needs_factors}
+        tuned(lora_linear_backward_fused, x.device, key, table, others, run)
     else:
         if needs_x:
             torch.mm(dy, weight, out=dx)
-        block_m, block_n, block_k, warps, stages = _beside_blocks(x.dtype, capability, aligned(dy, x), terms)
-        grid = _beside_grid(rows, inner if needs_x else 1, block_m, block_n, processors)
-        arguments = dict(
-            dy_ptr=dy, dx_ptr=dx, g_ptr=g, **shared, M=rows, K=inner, dy_row=dy.stride(0),
-            RANKS=h.shape[1], ADD=needs_x, KEEP=needs_factors,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=_rank_block(terms),
-            PRECISION=precision(x.dtype),
-        )  # fmt: skip
-        launch(lora_linear_backward_beside, grid, arguments, warps, stages)
+
+        def run_beside(tiles: Tiles, *dx: Tensor) -> tuple[Tensor | None, ...]:
+            arguments = dict(
+                dy_ptr=dy, dx_ptr=dx[0] if dx else None, g_ptr=g, **shared, M=rows, K=inner, dy_row=dy.stride(0),
+                RANKS=h.shape[1], ADD=needs_x, KEEP=needs_factors,
+                BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, BLOCK_R=_rank_block(terms),
+                PRECISION=precision(x.dtype),
+            )  # fmt: skip
+            grid = _beside_grid(rows, inner if needs_x else 1, tiles.m, tiles.n, processors)
+            launch(lora_linear_backward_beside, grid, arguments, tiles.warps, tiles.stages)
+            return *dx, g
+
+        whole = aligned(dy, x)
+        table = _beside_tiles(x.dtype, capability, whole, terms)
+        others = functools.partial(_beside_candidates, table, x.dtype, capability, whole, terms)
+        key = _key(x, columns, terms, whole) | {"add": needs_x, "keep": needs_factors}
+        tuned(lora_linear_backward_beside, x.device, key, table, others, run_beside, (dx,) if needs_x else ())
     return dx, _factor_gradients(dy, x, terms, h, g) if needs_factors else None
 
 
@@ -218,30 +261,40 @@ def _factor_gradients(
     rows, inner = x.shape
     ranks = h.shape[1]
     together = ranks <= MOST_RANK
-    block_m, block_c, warps, stages = _factor_blocks(x.dtype, capability_of(x.device), aligned(x, dy))
-    shared = _term_arguments(terms, factors=False)
-    total, tile = ranks * inner, triton.cdiv(inner, block_c) * (1 if together else len(terms))
-    bases = {}
-    for place, index in enumerate(_order(terms)):
+    whole = aligned(x, dy)
+
+    def run(tiles: _SumTiles) -> Tensor:
+        shared = _term_arguments(terms, factors=False)
+        tile = triton.cdiv(inner, tiles.c) * (1 if together else len(terms))
+        for place, index in enumerate(order):
+            start, stop = terms[index][3:5]
+            shared[f"base{place}"], shared[f"tile{place}"] = bases[index], tile
+            tile += triton.cdiv(stop - start, tiles.c)
+        for place in range(len(terms), MOST_TERMS):
+            shared[f"base{place}"] = shared[f"tile{place}"] = None
+        blocks = max(1, triton.cdiv(rows, tiles.m))
+        split_rows = triton.cdiv(blocks, min(blocks, triton.cdiv(2 * processors_of(x.device), tile))) * tiles.m
+        splits = max(1, triton.cdiv(rows, split_rows))
+        sums = torch.empty((splits, total), dtype=torch.float32, device=x.device)
+        arguments = dict(
+            x_ptr=x, dy_ptr=dy, h_ptr=h, g_ptr=g, sums_ptr=sums, **shared,
+            M=rows, K=inner, x_row=x.stride(0), dy_row=dy.stride(0), total=total, split_rows=split_rows,
+            RANKS=ranks, TOGETHER=together, BLOCK_M=tiles.m, BLOCK_C=tiles.c,
+            BLOCK_R=max(16, triton.next_power_of_2(ranks)) if together else _rank_block(terms),
+            PRECISION=precision(x.dtype),
+        )  # fmt: skip
+        launch(lora_linear_factors, (tile, splits), arguments, tiles.warps, tiles.stages)
+        return sums[0] if splits == 1 else torch.sum(sums, 0)
+
+    order, bases, total = _order(terms), {}, ranks * inner
+    for index in order:
         a, _, _, start, stop = terms[index][:5]
-        shared[f"base{place}"], shared[f"tile{place}"] = bases[index], _ = total, tile
+        bases[index] = total
         total += (stop - start) * a.shape[0]
-        tile += triton.cdiv(stop - start, block_c)
-    for place in range(len(terms), MOST_TERMS):
-        shared[f"base{place}"] = shared[f"tile{place}"] = None
-    blocks = max(1, triton.cdiv(rows, block_m))
-    split_rows = triton.cdiv(blocks, min(blocks, triton.cdiv(2 * processors_of(x.device), tile))) * block_m
-    splits = max(1, triton.cdiv(rows, split_rows))
-    sums = torch.empty((splits, total), dtype=torch.float32, device=x.device)
-    arguments = dict(
-        x_ptr=x, dy_ptr=dy, h_ptr=h, g_ptr=g, sums_ptr=sums, **shared,
-        M=rows, K=inner, x_row=x.stride(0), dy_row=dy.stride(0), total=total, split_rows=split_rows,
-        RANKS=ranks, TOGETHER=together, BLOCK_M=block_m, BLOCK_C=block_c,
-        BLOCK_R=max(16, triton.next_power_of_2(ranks)) if together else _rank_block(terms),
-        PRECISION=precision(x.dtype),
-    )  # fmt: skip
-    launch(lora_linear_factors, (tile, splits), arguments, warps, stages)
-    flat = sums[0] if splits == 1 else torch.sum(sums, 0)
+    capability = capability_of(x.device)
+    table = _sum_tiles(x.dtype, capability, whole)
+    others = functools.partial(_sum_candidates, x.dtype, capability, whole)
+    flat = tuned(lora_linear_factors, x.device, _key(x, dy.shape[1], terms, whole), table, others, run)
     found, column = [], 0
     for index, term in enumerate(terms):
         a, b = term[:2]
@@ -299,19 +352,48 @@ def _rank_block(terms: Sequence[Term]) -> int:
     return max(16, *(triton.next_power_of_2(term[0].shape[0]) for term in terms))
 
 
-def _beside_blocks(
-    dtype: torch.dtype, capability: int, whole: bool, terms: Sequence[Term]
-) -> tuple[int, int, int, int, int]:
+def _key(x: Tensor, columns: int, terms: Sequence[Term], whole: bool) -> dict[str, object]:
+    """Class of a launch."""
+    return {
+        "rows": rounded(x.shape[0]),
+        "inner": x.shape[1],
+        "columns": columns,
+        "dtype": x.dtype,
+        "precision": precision(x.dtype),
+        "factors": terms[0][0].dtype,
+        "terms": ",".join(f"{start}:{stop}r{a.shape[0]}" for a, _, _, start, stop in (term[:5] for term in terms)),
+        "aligned": whole,
+    }
+
+
+def _beside_tiles(dtype: torch.dtype, capability: int, whole: bool, terms: Sequence[Term]) -> Tiles:
     """Rows, output columns, reduction step, warps and stages of the kernels that add terms in place."""
     rank = _rank_block(terms)
     if not on_matrix_units(dtype, capability):
-        return 32, 64 if rank == 16 else 32, 16, 4, 2
+        return Tiles(32, 64 if rank == 16 else 32, 16, 4, 2)
     if not whole:
-        return 64, 64, 32, 4, 2
+        return Tiles(64, 64, 32, 4, 2)
     if rank * len(terms) > 128:
         # The narrow sums of all terms are alive together; matrix units that read shared memory want 64 rows.
-        return (64, 64, 32, 8, 2) if capability in (90, 100) and dtype.itemsize == 2 else (32, 64, 32, 4, 2)
-    return 64, 64, 128 // dtype.itemsize, 8 if capability == 100 else 4, 3
+        group = capability in (90, 100) and dtype.itemsize == 2
+        return Tiles(64, 64, 32, 8, 2) if group else Tiles(32, 64, 32, 4, 2)
+    return Tiles(64, 64, 128 // dtype.itemsize, 8 if capability == 100 else 4, 3)
+
+
+def _beside_candidates(
+    table: Tiles, dtype: torch.dtype, capability: int, whole: bool, terms: Sequence[Term]
+) -> list[Tiles]:
+    """Tiles that may be faster than the table's; none where elements are loaded one by one or multiplied so."""
+    if not on_matrix_units(dtype, capability) or not whole:
+        return []
+    m, n, k, warps = table.m, table.n, table.k, table.warps
+    found = [Tiles(m, n, k, warps, table.stages + 1)]
+    if _rank_block(terms) * len(terms) <= 128:
+        found += [Tiles(64, 64, k, 12 - warps, 3), Tiles(64, 128, k, 8, 3), Tiles(128, 64, k, 8, 3)]
+        found += [Tiles(64, 32, k, warps, 3)]
+    factor = _rank_block(terms) * terms[0][0].dtype.itemsize
+    limit = SHARED_LIMIT.get(capability, SHARED_LIMIT[75]) - 4096
+    return [t for t in found if t.stages * (t.k * (t.m * dtype.itemsize + factor) + t.n * factor) <= limit]
 
 
 def _beside_grid(rows: int, columns: int, block_m: int, block_n: int, processors: int) -> tuple[int, int]:
@@ -321,10 +403,27 @@ def _beside_grid(rows: int, columns: int, block_m: int, block_n: int, processors
     return blocks, max(1, parts)
 
 
-def _factor_blocks(dtype: torch.dtype, capability: int, whole: bool) -> tuple[int, int, int, int]:
+class _SumTiles(NamedTuple):
     """Rows a step, columns, warps and stages of the sums over rows."""
+
+    m: int
+    c: int
+    warps: int
+    stages: int
+
+
+def _sum_tiles(dtype: torch.dtype, capability: int, whole: bool) -> _SumTiles:
+    """The table's choice."""
     if not on_matrix_units(dtype, capability):
-        return 16, 64, 4, 2
+        return _SumTiles(16, 64, 4, 2)
     if not whole:
-        return 32, 64, 4, 2
-    return 128 // dtype.itemsize, 64, 4, 3
+        return _SumTiles(32, 64, 4, 2)
+    return _SumTiles(128 // dtype.itemsize, 64, 4, 3)
+
+
+def _sum_candidates(dtype: torch.dtype, capability: int, whole: bool) -> list[_SumTiles]:
+    """Tiles that may be faster: at most 96 KiB, which all chips with matrix instructions have."""
+    if not on_matrix_units(dtype, capability) or not whole:
+        return []
+    m = 128 // dtype.itemsize
+    return [_SumTiles(m, 64, 4, 4), _SumTiles(m // 2, 64, 4, 4), _SumTiles(m, 128, 8, 3), _SumTiles(2 * m, 64, 8, 2)]

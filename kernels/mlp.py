@@ -12,6 +12,9 @@ vendor's library multiplies, and an elementwise kernel follows.
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +22,17 @@ from torch import Tensor
 
 from fastpeft.kernels._activation import CODES, activate, derivative
 from fastpeft.kernels._launch import capability_of, launch, processors_of
-from fastpeft.kernels._matmul import aligned, choose_tiles, grouped, precision, product, type_reasons
+from fastpeft.kernels._matmul import (
+    Tiles,
+    aligned,
+    choose_tiles,
+    grouped,
+    precision,
+    product,
+    tile_candidates,
+    type_reasons,
+)
+from fastpeft.kernels._tune import rounded, tuned
 
 VARIANTS = ("fused", "beside")
 KEEP = ("preactivation", "derivative8", "nothing")
@@ -271,19 +284,26 @@ def forward(
     rows, (columns, inner) = x.shape[0], weight.shape
     a = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     form = _FORMS[keep]
+    constants = _constants(activation, form)
     if variant == "fused":
         kept = None if form == _NOTHING else torch.empty_like(a, dtype=torch.uint8 if form == _DERIVATIVE8 else None)
-        tiles = choose_tiles(
-            rows, columns, x.dtype, capability_of(x.device), processors_of(x.device), aligned(x, weight), _WIDEST
-        )
-        arguments = dict(
-            x_ptr=x, weight_ptr=weight, bias_ptr=bias, a_ptr=a, kept_ptr=kept,
-            M=rows, N=columns, K=inner, x_row=x.stride(0), weight_row=weight.stride(0), **_constants(activation, form),
-            BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, EVEN=inner % tiles.k == 0, PRECISION=precision(x.dtype),
-        )  # fmt: skip
-        grid = (triton.cdiv(rows, tiles.m) * triton.cdiv(columns, tiles.n),)
-        launch(mlp_forward_fused, grid, arguments, tiles.warps, tiles.stages)
-        return a, kept
+        capability, whole = capability_of(x.device), aligned(x, weight)
+        table = choose_tiles(rows, columns, x.dtype, capability, processors_of(x.device), whole, _WIDEST)
+
+        def run(tiles: Tiles) -> tuple[Tensor | None, ...]:
+            arguments = dict(
+                x_ptr=x, weight_ptr=weight, bias_ptr=bias, a_ptr=a, kept_ptr=kept,
+                M=rows, N=columns, K=inner, x_row=x.stride(0), weight_row=weight.stride(0), **constants,
+                BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, EVEN=inner % tiles.k == 0,
+                PRECISION=precision(x.dtype),
+            )  # fmt: skip
+            grid = (triton.cdiv(rows, tiles.m) * triton.cdiv(columns, tiles.n),)
+            launch(mlp_forward_fused, grid, arguments, tiles.warps, tiles.stages)
+            return a, kept
+
+        key = _key(rows, columns, inner, x, bias, constants) | {"aligned": whole}
+        others = functools.partial(tile_candidates, table, x.dtype, capability, whole, _WIDEST)
+        return tuned(mlp_forward_fused, x.device, key, table, others, run)
     z = torch.empty_like(a) if form == _PREACTIVATION else a
     # A bias of the product's own type is added by the product, which saves a pass over z where z is kept. With `out`,
     # neither autocast nor autograd touches it.
@@ -294,11 +314,22 @@ def forward(
         torch.mm(x, weight.t(), out=z)
     kept = z if form == _PREACTIVATION else torch.empty_like(a, dtype=torch.uint8) if form == _DERIVATIVE8 else None
     stores = _NOTHING if form == _PREACTIVATION and bias is None else form
-    arguments = dict(
-        z_ptr=z, bias_ptr=bias, a_ptr=a, kept_ptr=kept if stores else None, M=rows, N=columns,
-        **_constants(activation, stores), BLOCK_M=8, BLOCK_N=256,
-    )  # fmt: skip
-    launch(mlp_activate, (triton.cdiv(rows, 8), triton.cdiv(columns, 256)), arguments, 4, 1)
+    constants = _constants(activation, stores)
+
+    def run_beside(tile: _Tile, z: Tensor) -> tuple[Tensor | None, ...]:
+        # z is changed in place where it becomes a, and where the bias is added to what is kept.
+        to = a if form == _PREACTIVATION else z
+        stored = None if not stores else z if form == _PREACTIVATION else kept
+        arguments = dict(
+            z_ptr=z, bias_ptr=bias, a_ptr=to, kept_ptr=stored, M=rows, N=columns,
+            **constants, BLOCK_M=tile.m, BLOCK_N=tile.n,
+        )  # fmt: skip
+        grid = (triton.cdiv(rows, tile.m), triton.cdiv(columns, tile.n))
+        launch(mlp_activate, grid, arguments, tile.warps, 1)
+        return to, stored
+
+    key = _key(rows, columns, inner, x, bias, constants)
+    tuned(mlp_activate, x.device, key, _Tile(8, 256, 4), lambda: _ELEMENTWISE, run_beside, (z,))
     return a, kept
 
 
@@ -328,29 +359,61 @@ def backward_input(
     rows, (columns, inner) = dy.shape[0], weight2.shape
     dz = torch.empty((rows, inner), dtype=dy.dtype, device=dy.device)
     constants = _constants(activation, _DERIVATIVE8 if keep == "derivative8" else _PREACTIVATION)
+    key = _key(rows, columns, inner, dy, None, constants)
     if variant == "fused":
-        tiles = choose_tiles(
-            rows,
-            inner,
-            dy.dtype,
-            capability_of(dy.device),
-            processors_of(dy.device),
-            aligned(dy, weight2),
-            _WIDEST if dy.dtype.itemsize == 2 else _WIDEST // 2,
-        )
-        arguments = dict(
-            dy_ptr=dy, weight_ptr=weight2, kept_ptr=kept, dz_ptr=dz,
-            M=rows, N=columns, K=inner, dy_row=dy.stride(0), weight_row=weight2.stride(0), **constants,
-            BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, EVEN=columns % tiles.k == 0,
-            PRECISION=precision(dy.dtype),
-        )  # fmt: skip
-        grid = (triton.cdiv(rows, tiles.m) * triton.cdiv(inner, tiles.n),)
-        launch(mlp_backward_fused, grid, arguments, tiles.warps, tiles.stages)
-        return dz
+        capability, whole = capability_of(dy.device), aligned(dy, weight2)
+        widest = _WIDEST if dy.dtype.itemsize == 2 else _WIDEST // 2
+        table = choose_tiles(rows, inner, dy.dtype, capability, processors_of(dy.device), whole, widest)
+
+        def run(tiles: Tiles) -> Tensor:
+            arguments = dict(
+                dy_ptr=dy, weight_ptr=weight2, kept_ptr=kept, dz_ptr=dz,
+                M=rows, N=columns, K=inner, dy_row=dy.stride(0), weight_row=weight2.stride(0), **constants,
+                BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, EVEN=columns % tiles.k == 0,
+                PRECISION=precision(dy.dtype),
+            )  # fmt: skip
+            grid = (triton.cdiv(rows, tiles.m) * triton.cdiv(inner, tiles.n),)
+            launch(mlp_backward_fused, grid, arguments, tiles.warps, tiles.stages)
+            return dz
+
+        others = functools.partial(tile_candidates, table, dy.dtype, capability, whole, widest)
+        return tuned(mlp_backward_fused, dy.device, key | {"aligned": whole}, table, others, run)
     torch.mm(dy, weight2, out=dz)
-    arguments = dict(dz_ptr=dz, kept_ptr=kept, count=dz.numel(), **constants, BLOCK=2048)
-    launch(mlp_differentiate, (triton.cdiv(dz.numel(), 2048),), arguments, 4, 1)
-    return dz
+
+    def run_beside(tile: _Tile, dz: Tensor) -> Tensor:
+        block = tile.m * tile.n
+        arguments = dict(dz_ptr=dz, kept_ptr=kept, count=dz.numel(), **constants, BLOCK=block)
+        launch(mlp_differentiate, (triton.cdiv(dz.numel(), block),), arguments, tile.warps, 1)
+        return dz
+
+    return tuned(mlp_differentiate, dz.device, key, _Tile(8, 256, 4), lambda: _ELEMENTWISE, run_beside, (dz,))
+
+
+class _Tile(NamedTuple):
+    """Rows and columns of a program that multiplies nothing (their product, where there are no rows), and its warps."""
+
+    m: int
+    n: int
+    warps: int
+
+
+_ELEMENTWISE = (_Tile(4, 256, 4), _Tile(4, 512, 4), _Tile(16, 256, 8), _Tile(2, 512, 4))
+
+
+def _key(
+    rows: int, columns: int, inner: int, x: Tensor, bias: Tensor | None, constants: dict[str, float]
+) -> dict[str, object]:
+    """Class of a launch."""
+    return {
+        "rows": rounded(rows),
+        "columns": columns,
+        "inner": inner,
+        "dtype": x.dtype,
+        "precision": precision(x.dtype),
+        "bias": None if bias is None else bias.dtype,
+        "activation": constants["CODE"],
+        "form": constants["FORM"],
+    }
 
 
 def _refuse(found: list[str]) -> None:

@@ -9,6 +9,8 @@ and prompts that the batch shares are read, and their gradients summed over the 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,8 +23,9 @@ from fastpeft.kernels._prompt_attention_backward_keys import (
     prompt_attention_prompt_gradients,
     prompt_attention_token_gradients,
 )
-from fastpeft.kernels._prompt_attention_choice import Blocks, choose, tail, widths
+from fastpeft.kernels._prompt_attention_choice import Blocks, candidates, choose, key, tail, widths
 from fastpeft.kernels._prompt_attention_forward import prompt_attention_forward
+from fastpeft.kernels._tune import rounded, tuned
 
 _LOG2E = 1.4426950408889634
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -75,10 +78,13 @@ def forward(
     out = _rows_before_heads(q)
     lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device)
     values |= {"out_ptr": out, "lse_ptr": lse} | _strides("out", out)
-    blocks = choose("forward", values, q)
-    values["BLOCK_T"] = _key_tail(values, blocks)
-    _launch(prompt_attention_forward, triton.cdiv(rows, blocks.m) * batch * heads, values, blocks)
-    return out, lse
+
+    def run(blocks: Blocks) -> tuple[Tensor, Tensor]:
+        also = {"BLOCK_T": _key_tail(values, blocks)}
+        _launch(prompt_attention_forward, triton.cdiv(rows, blocks.m) * batch * heads, values | also, blocks)
+        return out, lse
+
+    return _tuned(prompt_attention_forward, "forward", values, q, key(values, q), run)
 
 
 def backward(
@@ -124,7 +130,8 @@ def backward(
         packed: (B, N, 3, H, D), contiguous, q's dtype, with Nq = N: dq, dk and dv are written into its slices and are
             views of it.
         deterministic: makes no difference. The result never depends on the order in which programs run: a sum over
-            samples is one program's, or partial sums in fp32 that are added in a fixed order.
+            samples is one program's, or partial sums in fp32 that are added in a fixed order. That order is a matter of
+            the blocks: the bits are the same in every run with the same file of measured choices (see `_tune.py`).
 
     Returns:
         dq, dk, dv, dprompt_k, dprompt_v in their inputs' shapes and dtypes, each a view of a contiguous tensor with
@@ -150,19 +157,29 @@ def backward(
         values |= _strides(name, tensor)
 
     batch, heads, rows, width = q.shape
+
+    def run_queries(blocks: Blocks) -> tuple[Tensor | None, ...]:
+        also = {"BLOCK_T": _key_tail(values, blocks)}
+        _launch(prompt_attention_query_gradient, triton.cdiv(rows, blocks.m) * batch * heads, values | also, blocks)
+        return dq, delta
+
+    def run_keys(blocks: Blocks) -> tuple[Tensor | None, ...]:
+        also = {"BLOCK_T": tail(rows % blocks.m, blocks.m)}
+        programs = triton.cdiv(k.shape[2], blocks.n) * batch * heads
+        _launch(prompt_attention_token_gradients, programs, values | also, blocks)
+        return dk, dv
+
     # First, since the others read the delta that it stores.
     if needs_q:
-        blocks = choose("queries", values, q)
-        values["BLOCK_T"] = _key_tail(values, blocks)
-        _launch(prompt_attention_query_gradient, triton.cdiv(rows, blocks.m) * batch * heads, values, blocks)
+        kind = key(values, q, "STORE_DELTA")
+        _tuned(prompt_attention_query_gradient, "queries", values, q, kind, run_queries)
     elif delta is not None:
         blocks = Blocks(32, 0, 4, 1)
         values["WIDTH"] = triton.next_power_of_2(width)
         _launch(prompt_attention_delta, triton.cdiv(rows, blocks.m) * batch * heads, values, blocks)
     if needs_k or needs_v:
-        blocks = choose("keys", values, q)
-        values["BLOCK_T"] = tail(rows % blocks.m, blocks.m)
-        _launch(prompt_attention_token_gradients, triton.cdiv(k.shape[2], blocks.n) * batch * heads, values, blocks)
+        kind = key(values, q, "NEEDS_K", "NEEDS_V")
+        _tuned(prompt_attention_token_gradients, "keys", values, q, kind, run_keys)
     return dq, dk, dv, *_prompt_gradients(values, q, prompt_k, prompt_v, needs_pk, needs_pv)
 
 
@@ -176,18 +193,22 @@ def _prompt_gradients(
     length, groups = values["P"], values["G"]
     if length == 0:
         return torch.empty_like(prompt_k) if needs_k else None, torch.empty_like(prompt_v) if needs_v else None
-    blocks = choose("prompts", values, q)
-    programs = triton.cdiv(length, blocks.n) * heads * groups
-    # Pieces that can be given to different programs: samples of a bank, else blocks of queries.
-    pieces = batch if values["BANK"] else triton.cdiv(rows * (batch if values["SHARED"] else 1), blocks.m)
-    splits = max(1, min(pieces, triton.cdiv(2 * processors_of(q.device), programs)))
     dtypes = [prompt.dtype for prompt, need in ((prompt_k, needs_k), (prompt_v, needs_v)) if need]
-    dtype = dtypes[0] if splits == 1 and len(set(dtypes)) == 1 else torch.float32
-    parts = torch.empty(len(dtypes), splits, groups, length, heads, width, dtype=dtype, device=q.device)
-    values |= {"NEEDS_K": needs_k, "NEEDS_V": needs_v, "splits": splits}
-    values |= {"dk_ptr": parts[0] if needs_k else None, "dv_ptr": parts[-1] if needs_v else None}
-    _launch(prompt_attention_prompt_gradients, programs * splits, values, blocks)
-    sums = parts.sum(1) if splits > 1 else parts[:, 0]
+
+    def run(blocks: Blocks) -> Tensor:
+        programs = triton.cdiv(length, blocks.n) * heads * groups
+        # Pieces that can be given to different programs: samples of a bank, else blocks of queries.
+        pieces = batch if values["BANK"] else triton.cdiv(rows * (batch if values["SHARED"] else 1), blocks.m)
+        splits = max(1, min(pieces, triton.cdiv(2 * processors_of(q.device), programs)))
+        dtype = dtypes[0] if splits == 1 and len(set(dtypes)) == 1 else torch.float32
+        parts = torch.empty(len(dtypes), splits, groups, length, heads, width, dtype=dtype, device=q.device)
+        also = {"NEEDS_K": needs_k, "NEEDS_V": needs_v, "splits": splits}
+        also |= {"dk_ptr": parts[0] if needs_k else None, "dv_ptr": parts[-1] if needs_v else None}
+        _launch(prompt_attention_prompt_gradients, programs * splits, values | also, blocks)
+        return parts.sum(1) if splits > 1 else parts[:, 0]
+
+    kind = key(values, q) | {"groups": rounded(groups), "needs_k": needs_k, "needs_v": needs_v}
+    sums = _tuned(prompt_attention_prompt_gradients, "prompts", values, q, kind, run)
     if len(set(dtypes)) == 1:
         sums = sums.to(dtypes[0])
     sums = sums.transpose(-3, -2)
@@ -383,6 +404,14 @@ def _check_backward(dout: Tensor, q: Tensor, k: Tensor, out: Tensor, lse: Tensor
         )
     if packed.dtype != q.dtype or not packed.is_contiguous():
         raise ValueError(f"prompt_attention: packed must be contiguous and {q.dtype}, not {packed.dtype}")
+
+
+def _tuned(
+    kernel: Any, name: str, values: dict[str, Any], q: Tensor, kind: dict[str, object], run: Callable[[Blocks], Any]
+) -> Any:
+    """Run with the blocks for these arguments."""
+    others = functools.partial(candidates, name, values, q)
+    return tuned(kernel, q.device, kind, choose(name, values, q), others, run)
 
 
 def _launch(kernel: Any, programs: int, values: dict[str, Any], blocks: Blocks) -> None:

@@ -53,3 +53,10 @@ CASES: dict[str, Callable[[], object]] = {
     "ViT-B/16 (64 x 197, 768) fp16, hidden 64": _case(_B, 768, 64, torch.float16),
     "ViT-B/16 (64 x 197, 768) tf32, hidden 64": _case(_B, 768, 64, torch.float32, tf32=True),
 }
+
+# Whose candidates are compiled: one case for each way in which they are chosen.
+CANDIDATES = (
+    "ViT-B/16 (64 x 197, 768) bf16, hidden 64",
+    "ViT-L/16 (64 x 197, 1024) bf16, hidden 128, parallel",
+    "ViT-H/14 (64 x 257, 1280) bf16, hidden 160, masters",
+)

@@ -54,3 +54,11 @@ CASES = {
         _case, 64, 197, 768, torch.float32, True, True, affine=True
     ),
 }
+
+# Whose candidates are compiled: one case for each way in which they are chosen.
+CANDIDATES = (
+    "ViT-B/16 (64, 197, 768) bf16, sum",
+    "ViT-L/16 (64, 197, 1024) bf16, affine",
+    "(8, 197, 4096) bf16, affine",
+    "Swin (64, 3136, 96) fp16, affine",
+)

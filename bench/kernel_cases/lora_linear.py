@@ -70,3 +70,11 @@ CASES: dict[str, Callable[[], object]] = {
     "B/16 first block, fp16": _case("beside", _B, 768, 2304, _QV, torch.float16, needs_x=False),
     "B/16 q v tf32, fused": _case("fused", _B, 768, 2304, _QV, torch.float32, tf32=True),
 }
+
+# Whose candidates are compiled: one case for each way in which they are chosen.
+CANDIDATES = (
+    "B/16 q v r=8, beside",
+    "B/16 q v r=8, fused",
+    "H/14 q k v r=64, beside",
+    "H/14 q k v r=64, fused",
+)

@@ -50,3 +50,11 @@ CASES: dict[str, Callable[[], object]] = {
     "B/16 z fp16, fused": _case("fused", _B, 768, "preactivation", dtype=torch.float16),
     "B/16 z tf32, fused": _case("fused", _B, 768, "preactivation", dtype=torch.float32, tf32=True),
 }
+
+# Whose candidates are compiled: one case for each way in which they are chosen.
+CANDIDATES = (
+    "B/16 z, fused",
+    "B/16 8 bits, fused",
+    "B/16 8 bits, beside",
+    "B/16 z tf32, fused",
+)

@@ -76,3 +76,11 @@ CASES = {
     "ViT-B/16, 50 prompts, fp32": functools.partial(_case, 12, 64, 197, 50, dtype=torch.float32),
     "ViT-B/16, 50 prompts, tf32": functools.partial(_case, 12, 64, 197, 50, dtype=torch.float32, tf32=True),
 }
+
+# Whose candidates are compiled: one case for each way in which they are chosen.
+CANDIDATES = (
+    "ViT-B/16, 50 prompts",
+    "ViT-H/14, 50 prompts",
+    "heads of 128, causal, bias",
+    "ViT-H/14, bank of 16 prompts, dropout",
+)
