@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastpeft.engine.description import child
 from fastpeft.engine.linear import read
+from fastpeft.ops.autocast import suspended
 from fastpeft.ops.choose import choose, is_reference
 from fastpeft.ops.lora_linear import LowRankTerm
 
@@ -54,26 +55,26 @@ def attention_branch(
     module = choose("block", wish, x.device, lambda module: module.reasons(x, widths, spec.head_dim))
     if module is None:
         return None
-    norm = child(run.block, spec.inner["norm1"])
-    pack = _packer(run, module)
-    plan = module.Attention(
-        pack("qkv", qkv, norm, None),
-        pack("o", out, None, _gamma(run, "1")),
-        (qkv.places(module), out.places(module)),
-        spec.num_heads,
-        spec.head_dim,
-        spec.scale,
-        norm.eps,
-        residual,
-        run.state.host.memory == "balanced",
-    )
-    factors = [*qkv.factors, *out.factors]
     # Few rows are not worth a pack of their own; what else is keys and values has them ready.
-    if own is not None and own.shape[:-1].numel() >= _FEW and own.dtype == x.dtype and not qkv.terms:
-        others = extra(None)
-        if not others:
-            return module.attention_branch(x, own, None, None, plan, factors)
-    return module.attention_branch(x, None, *join(extra(own), x.shape[0]), plan, factors)
+    rows = None
+    if own is not None and own.shape[:-1].numel() >= _FEW and own.dtype == x.dtype and not (qkv.terms or extra(None)):
+        rows = own
+    keys_values = join([] if rows is not None else extra(own), x.shape[0])
+    norm = child(run.block, spec.inner["norm1"])
+    with suspended(x.device):
+        pack = _packer(run, module)
+        plan = module.Attention(
+            pack("qkv", qkv, norm, None),
+            pack("o", out, None, _gamma(run, "1")),
+            (qkv.places(module), out.places(module)),
+            spec.num_heads,
+            spec.head_dim,
+            spec.scale,
+            norm.eps,
+            residual,
+            run.state.host.memory == "balanced",
+        )
+        return module.attention_branch(x, rows, *keys_values, plan, [*qkv.factors, *out.factors])
 
 
 def mlp_branch(run: BlockRun, x: Tensor, residual: bool) -> Tensor | None:
@@ -89,17 +90,18 @@ def mlp_branch(run: BlockRun, x: Tensor, residual: bool) -> Tensor | None:
     if module is None:
         return None
     norm = child(run.block, spec.inner["norm2"])
-    pack = _packer(run, module)
-    plan = module.Mlp(
-        pack("fc1", fc1, norm, None),
-        pack("fc2", fc2, None, _gamma(run, "2")),
-        (fc1.places(module), fc2.places(module)),
-        spec.activation,
-        norm.eps,
-        residual,
-        run.state.host.memory == "balanced",
-    )
-    return module.mlp_branch(x, plan, [*fc1.factors, *fc2.factors])
+    with suspended(x.device):
+        pack = _packer(run, module)
+        plan = module.Mlp(
+            pack("fc1", fc1, norm, None),
+            pack("fc2", fc2, None, _gamma(run, "2")),
+            (fc1.places(module), fc2.places(module)),
+            spec.activation,
+            norm.eps,
+            residual,
+            run.state.host.memory == "balanced",
+        )
+        return module.mlp_branch(x, plan, [*fc1.factors, *fc2.factors])
 
 
 class _Layers:
@@ -154,7 +156,7 @@ def _folds(run: BlockRun, index: str, idle: tuple[str, ...]) -> bool:
     spec = run.spec
     if run.hooked or is_reference("block", run.backends["block"]) or torch.compiler.is_compiling():
         return False
-    if torch.is_autocast_enabled("cpu") or f"norm{index}" not in spec.layer_norms:
+    if f"norm{index}" not in spec.layer_norms:
         return False
     if not all(map(run.idle, (*idle, f"drop_path{index}"))):
         return False

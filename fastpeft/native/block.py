@@ -28,10 +28,18 @@ def reasons(x: Tensor, widths: tuple[int, ...], head_dim: int | None) -> list[st
     found = []
     if _native.cpu_level() != "amx":
         found.append(f"it needs a CPU with AMX, this one has {_native.cpu_level()}")
-    if x.dtype != torch.bfloat16:
-        found.append(f"it computes in bfloat16, the activations are {str(x.dtype).removeprefix('torch.')}")
+    # An fp32 residual stream is what autocast leaves: its products are in bf16.
+    mixed = torch.is_autocast_enabled("cpu")
+    if (x.dtype not in (torch.bfloat16, torch.float32)) if mixed else x.dtype != torch.bfloat16:
+        found.append(f"it computes in bfloat16, the activations are {_name(x.dtype)}")
+    if mixed and torch.get_autocast_dtype("cpu") != torch.bfloat16:
+        found.append(f"it computes in bfloat16, autocast in {_name(torch.get_autocast_dtype('cpu'))}")
     if any(width % BLOCK for width in widths):
         found.append(f"widths must be multiples of {BLOCK}, they are {', '.join(map(str, widths))}")
     if head_dim is not None and head_dim % _HEAD_STEP:
         found.append(f"heads must be multiples of {_HEAD_STEP} wide, they are {head_dim}")
     return found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

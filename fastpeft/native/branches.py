@@ -75,18 +75,20 @@ def attention_branch(
     """The attention branch of x, differentiable in x, the prompts and the factors.
 
     Args:
-        x: bf16 (B, N, d).
-        prompts: bf16 rows that are keys and values only, (p, d) shared by the batch or (B, p, d), or None; not beside
-            low-rank terms of the fused projection.
-        prompt_k: the same as keys: bf16 (H, p, D), (B, H, p, D), or None; rows of D without gaps.
+        x: (B, N, d), bf16, or fp32 for a residual stream in fp32.
+        prompts: rows like x's that are keys and values only, (p, d) shared by the batch or (B, p, d), or None; not
+            beside low-rank terms of the fused projection.
+        prompt_k: the same as keys: (H, p, D), (B, H, p, D), or None; rows of D without gaps.
         prompt_v: like prompt_k.
         plan: everything that is frozen.
         factors: A (r, in) and B (out, r) of every low-rank term, in the order of the plan's places.
 
     Returns:
-        bf16 (B, N, out).
+        (B, N, out), of x's dtype.
     """
     packed = None
+    if prompt_k is not None:
+        prompt_k, prompt_v = prompt_k.to(torch.bfloat16), prompt_v.to(torch.bfloat16)
     if prompts is not None:
         packed = _Packed(prompts.shape[-2], prompts.dim() == 2)
         prompt_k = _PromptKeysValues.apply(prompts, plan)
@@ -134,7 +136,7 @@ class _PromptKeysValues(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, prompts: Tensor, plan: Attention):
-        flat = prompts.reshape(-1, prompts.shape[-1])
+        flat = prompts.contiguous().view(-1, prompts.shape[-1])
         rows, inner = flat.shape[0], plan.num_heads * plan.head_dim
         weight, bias, _ = plan.qkv.tail(inner)
         statistics = torch.empty(2, rows)
@@ -174,7 +176,7 @@ class _AttentionBranch(torch.autograd.Function):
     ):
         batch, tokens, width = x.shape
         rows, inner = batch * tokens, plan.num_heads * plan.head_dim
-        flat = x.reshape(rows, width)
+        flat = x.contiguous().view(rows, width)
         lows = _low_ranks((plan.qkv, plan.out), plan.places, factors)
         statistics = torch.empty(2, rows)
         qkv = blocked.empty(rows, 3 * inner)
@@ -203,7 +205,7 @@ class _AttentionBranch(torch.autograd.Function):
         needs_x, needs_pk, needs_pv, _, _, *needs_factors = ctx.needs_input_grad
         needs = _split(needs_factors, len(plan.places[0]))
         lows = _low_ranks((plan.qkv, plan.out), plan.places, tuple(factors))
-        flat = dy.reshape(rows, -1)
+        flat = dy.contiguous().view(rows, -1)
 
         before = needs_x or needs_pk or needs_pv or bool(needs[0])
         dattended = blocked.empty(rows, inner) if before else None
@@ -292,7 +294,7 @@ class _MlpBranch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, plan: Mlp, *factors: Tensor):
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x.contiguous().view(-1, x.shape[-1])
         rows, hidden = flat.shape[0], plan.fc1.weight.shape[0]
         lows = _low_ranks((plan.fc1, plan.fc2), plan.places, factors)
         needed = any(ctx.needs_input_grad)
@@ -319,7 +321,7 @@ class _MlpBranch(torch.autograd.Function):
         needs_x, _, *needs_factors = ctx.needs_input_grad
         needs = _split(needs_factors, len(plan.places[0]))
         lows = _low_ranks((plan.fc1, plan.fc2), plan.places, tuple(factors))
-        flat = dy.reshape(rows, -1)
+        flat = dy.contiguous().view(rows, -1)
 
         before = needs_x or bool(needs[0])
         dz = blocked.empty(rows, plan.fc1.weight.shape[0]) if before else None

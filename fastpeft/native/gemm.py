@@ -21,7 +21,7 @@ _STORE, _RESIDUAL, _ACTIVATE, _SCALE = range(4)
 
 
 class Matrix(ctypes.Structure):
-    """A matrix of activations: rows apart by any stride, or blocked; nothing, if made without arguments."""
+    """A matrix: bf16 or fp32 rows apart by any stride, or bf16 in blocks; nothing, if made without arguments."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -37,7 +37,7 @@ class Matrix(ctypes.Structure):
             return cls()
         if t.dim() == 4:
             return cls(t.data_ptr(), t.stride(0) // (BLOCK * BLOCK), 1, 0)
-        return cls(t.data_ptr(), t.stride(0), 0, 0)
+        return cls(t.data_ptr(), t.stride(0), 2 if t.dtype == torch.float32 else 0, 0)
 
 
 class _Gemm(ctypes.Structure):
@@ -128,7 +128,7 @@ def gemm(
     """c = epilogue(prologue(a) W^T + a2 extra^T).
 
     Args:
-        a: (rows, depth) with rows apart by any stride, or blocked.
+        a: (rows, depth) with rows apart by any stride, bf16 or fp32, or blocked.
         weight: W.
         c: (rows, columns) or blocked; written.
         rows: rows of a and c.

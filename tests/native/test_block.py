@@ -116,6 +116,43 @@ def check(method, variant, memory):
     assert max(found.values()) <= 4, found
 
 
+@pytest.mark.parametrize("half", (True, False))
+@pytest.mark.parametrize("method", ("vpt-deep", "vpt-many-masks", "prefix-kv", "lora-all", "serial"))
+def test_under_autocast(method, half, calls):
+    """Weights in bf16 or fp32; the residual stream is then bf16 or fp32."""
+    logarithms = []
+    for seed in range(5):
+        model = patched((METHODS | MANY)[method], seed=seed).to(BF16)
+        x = images(seed=seed).to(BF16)
+        exact = step(copy.deepcopy(model).double().train(), x.double())
+        found = []
+        for backend in ("reference", "auto"):
+            twin = copy.deepcopy(model) if half else copy.deepcopy(model).float()
+            fastpeft.patch(twin, backend=backend).train()
+            with torch.autocast("cpu", BF16):
+                found.append(step(twin, x if half else x.float()))
+        assert found[0].keys() == found[1].keys() == exact.keys()
+        for name, value in exact.items():
+            assert found[1][name].dtype == found[0][name].dtype
+            plain, ours = (max(error(result[name], value), ROUNDING) for result in found)
+            logarithms.append(math.log(ours / plain))
+    assert math.exp(sum(logarithms) / len(logarithms)) <= 1.5
+    assert calls["attention"] and calls["mlp"]
+
+
+@pytest.mark.parametrize("dtype", (BF16, torch.float32))
+def test_gradients_without_strides(dtype):
+    """What sum().backward() hands on has one number in memory."""
+    model = fastpeft.patch(vit(dtype=dtype, class_token=False, global_pool=""), METHODS["lora-all"]).train()
+    twin = fastpeft.patch(copy.deepcopy(model), backend="reference")
+    with torch.autocast("cpu", BF16):
+        for m in (model, twin):
+            m.blocks(m.pos_drop(m.patch_embed(images().to(dtype)))).sum().backward()
+    for (name, ours), plain in zip(model.named_parameters(), twin.parameters(), strict=True):
+        if ours.grad is not None:
+            assert float((ours.grad - plain.grad).abs().max()) <= 0.1 * float(plain.grad.abs().max()), name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("memory", ("fast", "balanced"))
 @pytest.mark.parametrize(

@@ -3,9 +3,7 @@
 
 #pragma once
 
-#include "avx512.h"
-#include "gemm.h"
-#include "tile.h"
+#include "matrix.h"
 
 namespace fastpeft {
 
@@ -19,18 +17,9 @@ struct Finished {
 // Finishes the rows begin..end of the 32.
 using Finish = void (*)(const Finished&, int64_t begin, int64_t end);
 
-struct Row {
-  __m512 low, high;  // columns 0..15 and 16..31
-};
-
 FASTPEFT_INLINE Row sums_of(const float* sums, int64_t row) {
   const float* p = sums + (row / 16) * 512 + (row % 16) * 16;
   return {_mm512_load_ps(p), _mm512_load_ps(p + 256)};
-}
-
-FASTPEFT_INLINE bf16* place(const Matrix& m, int64_t row_block, int64_t row, int64_t column_block) {
-  if (m.layout == kBlocked) return m.data + (row_block * m.stride + column_block) * kBlockSize + row * kBlock;
-  return m.data + (row_block * kBlock + row) * m.stride + column_block * kBlock;
 }
 
 template <int epilogue, int activation, int keep>
@@ -52,9 +41,9 @@ void finish(const Finished& f, int64_t begin, int64_t end) {
     }
     [[maybe_unused]] const int64_t at = (f.row_block * columns + f.column_block) * kBlockSize + row * kBlock;
     if constexpr (epilogue == kResidual) {
-      const bf16* other = place(g.other, f.row_block, row, f.column_block);
-      s.low = _mm512_add_ps(s.low, load(other));
-      s.high = _mm512_add_ps(s.high, load(other + 16));
+      const Row other = read(g.other, f.row_block, row, f.column_block);
+      s.low = _mm512_add_ps(s.low, other.low);
+      s.high = _mm512_add_ps(s.high, other.high);
     } else if constexpr (epilogue == kActivate) {
       const Activated low = activate<activation>(s.low), high = activate<activation>(s.high);
       s = {low.value, high.value};
@@ -76,7 +65,7 @@ void finish(const Finished& f, int64_t begin, int64_t end) {
         s.high = _mm512_mul_ps(s.high, decode_slope(_mm_load_si128(code + 1)));
       }
     }
-    _mm512_storeu_si512(place(g.c, f.row_block, row, f.column_block), narrow(s.low, s.high));
+    write(g.c, f.row_block, row, f.column_block, s);
   }
 }
 

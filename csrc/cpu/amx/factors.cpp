@@ -21,7 +21,18 @@ struct LeftTag;
 // 32 rows of a block of columns; zero behind the last row.
 FASTPEFT_INLINE void load_block(const Matrix& m, int64_t rows, int64_t row_block, int64_t column_block, __m512i out[kBlock]) {
   const int64_t count = smaller(kBlock, rows - row_block * kBlock);
-  for (int64_t r = 0; r < count; ++r) out[r] = _mm512_loadu_si512(place(m, row_block, r, column_block));
+  for (int64_t r = 0; r < count; ++r) out[r] = read_narrow(m, row_block, r, column_block);
+  for (int64_t r = count; r < kBlock; ++r) out[r] = _mm512_setzero_si512();
+}
+
+FASTPEFT_INLINE void load_normalised(const Factors& f, int64_t row_block, int64_t column_block, __m512i out[kBlock]) {
+  const int64_t count = smaller(kBlock, f.rows - row_block * kBlock);
+  for (int64_t r = 0; r < count; ++r) {
+    const float mean = f.statistics[row_block * kBlock + r], rstd = f.statistics[f.rows + row_block * kBlock + r];
+    const __m512 s = constant(rstd), shift = constant(-mean * rstd);
+    const Row x = read(f.right, row_block, r, column_block);
+    out[r] = narrow(_mm512_fmadd_ps(x.low, s, shift), _mm512_fmadd_ps(x.high, s, shift));
+  }
   for (int64_t r = count; r < kBlock; ++r) out[r] = _mm512_setzero_si512();
 }
 
@@ -39,15 +50,10 @@ void run(const Factors& f, Range mine, bf16* left) {
     for (int64_t w = 0; w < wide; ++w) {
       zero_sums();
       for (int64_t k = 0; k < depth; ++k) {
-        load_block(f.right, f.rows, k, n, rows);
-        if (f.statistics != nullptr) {
-          const int64_t count = smaller(kBlock, f.rows - k * kBlock);
-          for (int64_t r = 0; r < count; ++r) {
-            const float mean = f.statistics[k * kBlock + r], rstd = f.statistics[f.rows + k * kBlock + r];
-            const __m512 s = constant(rstd), shift = constant(-mean * rstd);
-            rows[r] = narrow(_mm512_fmadd_ps(low_half(rows[r]), s, shift), _mm512_fmadd_ps(high_half(rows[r]), s, shift));
-          }
-        }
+        if (f.statistics == nullptr)
+          load_block(f.right, f.rows, k, n, rows);
+        else
+          load_normalised(f, k, n, rows);
         put_right(rows, right);
         multiply_step(left + (w * depth + k) * kBlockSize, right);
       }

@@ -81,24 +81,23 @@ void load_rows(const Gemm& g, int64_t block, bf16* out) {
       for (int64_t k = 0; k < blocks; ++k) _mm512_store_si512(out + k * kBlockSize + r * kBlock, _mm512_setzero_si512());
       continue;
     }
-    const auto source = [&](int64_t k) -> const bf16* { return place(g.a, block, r, k); };
     if (g.prologue == kCopy) {
       for (int64_t k = 0; k < blocks; ++k)
-        _mm512_store_si512(out + k * kBlockSize + r * kBlock, _mm512_loadu_si512(source(k)));
+        _mm512_store_si512(out + k * kBlockSize + r * kBlock, read_narrow(g.a, block, r, k));
       continue;
     }
     __m512 sum = _mm512_setzero_ps(), sum2 = _mm512_setzero_ps();
     for (int64_t k = 0; k < blocks; ++k) {
-      const __m512i x = _mm512_loadu_si512(source(k));
-      sum = _mm512_add_ps(sum, low_half(x));
-      sum2 = _mm512_add_ps(sum2, high_half(x));
+      const Row x = read(g.a, block, r, k);
+      sum = _mm512_add_ps(sum, x.low);
+      sum2 = _mm512_add_ps(sum2, x.high);
     }
     const float mean = _mm512_reduce_add_ps(_mm512_add_ps(sum, sum2)) / g.depth;
     const __m512 m = constant(mean);
     sum = sum2 = _mm512_setzero_ps();
     for (int64_t k = 0; k < blocks; ++k) {
-      const __m512i x = _mm512_loadu_si512(source(k));
-      const __m512 low = _mm512_sub_ps(low_half(x), m), high = _mm512_sub_ps(high_half(x), m);
+      const Row x = read(g.a, block, r, k);
+      const __m512 low = _mm512_sub_ps(x.low, m), high = _mm512_sub_ps(x.high, m);
       sum = _mm512_fmadd_ps(low, low, sum);
       sum2 = _mm512_fmadd_ps(high, high, sum2);
     }
@@ -106,8 +105,8 @@ void load_rows(const Gemm& g, int64_t block, bf16* out) {
     const float rstd = 1.0f / __builtin_sqrtf(variance + g.epsilon);
     const __m512 s = constant(rstd), shift = constant(-mean * rstd);
     for (int64_t k = 0; k < blocks; ++k) {
-      const __m512i x = _mm512_loadu_si512(source(k));
-      const __m512 low = _mm512_fmadd_ps(low_half(x), s, shift), high = _mm512_fmadd_ps(high_half(x), s, shift);
+      const Row x = read(g.a, block, r, k);
+      const __m512 low = _mm512_fmadd_ps(x.low, s, shift), high = _mm512_fmadd_ps(x.high, s, shift);
       _mm512_store_si512(out + k * kBlockSize + r * kBlock, narrow(low, high));
     }
     if (g.statistics != nullptr) {
@@ -176,12 +175,13 @@ class Drain {
     for (; row_ < end; ++row_) {
       const int64_t block = row_ / kBlock, r = row_ % kBlock;
       for (int64_t n = 0; n < columns; ++n) {
-        __m512i x = _mm512_load_si512(source_ + (block * columns + n) * kBlockSize + r * kBlock);
+        const __m512i packed = _mm512_load_si512(source_ + (block * columns + n) * kBlockSize + r * kBlock);
+        Row x = {low_half(packed), high_half(packed)};
         if (gemm_.epilogue == kResidual) {
-          const __m512i y = _mm512_loadu_si512(place(gemm_.other, first_ + block, r, n));
-          x = narrow(_mm512_add_ps(low_half(x), low_half(y)), _mm512_add_ps(high_half(x), high_half(y)));
+          const Row y = read(gemm_.other, first_ + block, r, n);
+          x = {_mm512_add_ps(x.low, y.low), _mm512_add_ps(x.high, y.high)};
         }
-        _mm512_storeu_si512(place(gemm_.c, first_ + block, r, n), x);
+        write(gemm_.c, first_ + block, r, n, x);
       }
     }
   }
@@ -248,7 +248,7 @@ bool run(const Gemm& whole, int64_t index, int64_t threads) {
   auto* copy = in_place ? nullptr : static_cast<bf16*>(scratch<SlabTag>(blocks * kBlock * g.depth * 2));
   const int64_t partial = shallow ? blocks : blocks * (g.columns / kBlock);
   bf16* staged = nullptr;
-  if (whole.c.layout == kRowMajor) {
+  if (whole.c.layout != kBlocked) {
     staged = static_cast<bf16*>(scratch<StagedTag>(2 * blocks * kBlock * g.columns * 2));
     if (staged == nullptr) return false;
     g.c = {nullptr, g.columns / kBlock, kBlocked, 0};

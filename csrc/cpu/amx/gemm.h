@@ -11,10 +11,11 @@ namespace fastpeft {
 // A matrix of activations. Row-major: row r begins at data + r * stride. Blocked: blocks of 32 x 32 numbers, 2 KiB in a
 // piece, those of the same rows one after another: number (r, c) is at ((r / 32) * stride + c / 32) * 1024 + (r % 32) * 32
 // + c % 32, with stride the count of blocks in a row of blocks. What a product writes blocked, the next reads as it is.
-enum Layout : int32_t { kRowMajor = 0, kBlocked = 1 };
+// Wide: row-major in fp32, as the residual stream is where weights are bf16 for the products alone.
+enum Layout : int32_t { kRowMajor = 0, kBlocked = 1, kWide = 2 };
 
 struct Matrix {
-  bf16* data;
+  bf16* data;  // floats in a wide matrix
   int64_t stride;
   int32_t layout;
   int32_t unused;

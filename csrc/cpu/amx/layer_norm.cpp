@@ -2,9 +2,7 @@
 //
 //   dx = dsum + rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat)),   xhat = (x - mean) * rstd
 
-#include "avx512.h"
-#include "gemm.h"
-#include "tile.h"
+#include "matrix.h"
 
 namespace fastpeft {
 
@@ -17,37 +15,30 @@ struct LayerNormBackward {
 
 namespace {
 
-FASTPEFT_INLINE bf16* at(const Matrix& m, int64_t row, int64_t block) {
-  if (m.layout == kBlocked) return m.data + ((row / kBlock) * m.stride + block) * kBlockSize + (row % kBlock) * kBlock;
-  return m.data + row * m.stride + block * kBlock;
-}
-
 void run_row(const LayerNormBackward& c, int64_t row) {
-  const int64_t blocks = c.columns / kBlock;
+  const int64_t blocks = c.columns / kBlock, block = row / kBlock, r = row % kBlock;
   const float mean = c.statistics[row], rstd = c.statistics[c.rows + row];
   const __m512 s = constant(rstd), shift = constant(-mean * rstd);
   __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, dot[2] = {sum[0], sum[0]};
   for (int64_t n = 0; n < blocks; ++n) {
-    const __m512i g = _mm512_loadu_si512(at(c.dxhat, row, n)), x = _mm512_loadu_si512(at(c.x, row, n));
-    sum[0] = _mm512_add_ps(sum[0], low_half(g));
-    sum[1] = _mm512_add_ps(sum[1], high_half(g));
-    dot[0] = _mm512_fmadd_ps(low_half(g), _mm512_fmadd_ps(low_half(x), s, shift), dot[0]);
-    dot[1] = _mm512_fmadd_ps(high_half(g), _mm512_fmadd_ps(high_half(x), s, shift), dot[1]);
+    const Row g = read(c.dxhat, block, r, n), x = read(c.x, block, r, n);
+    sum[0] = _mm512_add_ps(sum[0], g.low);
+    sum[1] = _mm512_add_ps(sum[1], g.high);
+    dot[0] = _mm512_fmadd_ps(g.low, _mm512_fmadd_ps(x.low, s, shift), dot[0]);
+    dot[1] = _mm512_fmadd_ps(g.high, _mm512_fmadd_ps(x.high, s, shift), dot[1]);
   }
   const float mean_g = _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1])) / c.columns;
   const float mean_gx = _mm512_reduce_add_ps(_mm512_add_ps(dot[0], dot[1])) / c.columns;
   // rstd (g - mean_g - xhat mean_gx) = rstd g - rstd mean_gx (rstd x - rstd mean) - rstd mean_g
   const __m512 a = constant(-rstd * mean_gx * rstd), b = constant(rstd * (mean_gx * mean * rstd - mean_g));
   for (int64_t n = 0; n < blocks; ++n) {
-    const __m512i g = _mm512_loadu_si512(at(c.dxhat, row, n)), x = _mm512_loadu_si512(at(c.x, row, n));
-    __m512 low = _mm512_fmadd_ps(low_half(g), s, _mm512_fmadd_ps(low_half(x), a, b));
-    __m512 high = _mm512_fmadd_ps(high_half(g), s, _mm512_fmadd_ps(high_half(x), a, b));
+    const Row g = read(c.dxhat, block, r, n), x = read(c.x, block, r, n);
+    Row d = {_mm512_fmadd_ps(g.low, s, _mm512_fmadd_ps(x.low, a, b)), _mm512_fmadd_ps(g.high, s, _mm512_fmadd_ps(x.high, a, b))};
     if (c.dsum.data != nullptr) {
-      const __m512i d = _mm512_loadu_si512(at(c.dsum, row, n));
-      low = _mm512_add_ps(low, low_half(d));
-      high = _mm512_add_ps(high, high_half(d));
+      const Row sum_gradient = read(c.dsum, block, r, n);
+      d = {_mm512_add_ps(d.low, sum_gradient.low), _mm512_add_ps(d.high, sum_gradient.high)};
     }
-    _mm512_storeu_si512(at(c.dx, row, n), narrow(low, high));
+    write(c.dx, block, r, n, d);
   }
 }
 
