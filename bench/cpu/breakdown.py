@@ -30,7 +30,8 @@ from fastpeft.native import attention, blocked, factors, gemm, layer_norm
 VARIANTS = tuple(Variant("ours", method) for method in ("vpt-1", "vpt-200", "vpt-200-sample-mask", "lora"))
 _STEPS, _WARMUP = 12, 3
 _NATIVE = "fastpeft.native"
-_WARM_ROWS = 512
+# Rows and width of a product whose operands stay in two cores' caches.
+_WARM = (832, 768)
 
 
 @dataclass(frozen=True)
@@ -241,15 +242,15 @@ def _around(watch: Watch, thing: Any, name: str, label: str) -> Iterator[None]:
 @torch.no_grad()
 def ceilings(tiny: bool = False) -> dict[str, float]:
     """Operations a second of the fastest product, by torch or natively on warm blocks; bytes of a large copy."""
-    turns, size = (2, 256) if tiny else (10, 2048)
+    turns, size = (2, 256) if tiny else (20, 2048)
     a, b = (torch.randn(size, size).to(torch.bfloat16) for _ in range(2))
     c = torch.empty_like(a)
     products = [(2.0 * size**3, lambda: torch.mm(a, b, out=c))]
     if gemm._native.cpu_level() == "amx":
-        weight = gemm.pack(torch.randn(size, size))
-        rows = min(size, _WARM_ROWS)
-        x, y = blocked.from_rows(a[:rows]), blocked.empty(rows, size)
-        products.append((2.0 * rows * size**2, lambda: gemm.gemm(x, weight, y, rows)))
+        rows, width = min(size, _WARM[0]), min(size, _WARM[1])
+        weight = gemm.pack(torch.randn(width, width))
+        x, y = blocked.from_rows(a[:rows, :width]), blocked.empty(rows, width)
+        products.append((2.0 * rows * width**2, lambda: gemm.gemm(x, weight, y, rows)))
     source = torch.ones((1 if tiny else 64) << 20, dtype=torch.uint8)
     target = torch.empty_like(source)
     return {
