@@ -1,6 +1,7 @@
 """Checks and measures the library on the device at hand, into one result file.
 
     python -m bench.device --part verify      # every kernel and every method's step against float64
+    python -m bench.device --part tune        # the Triton kernels' launch choices, for the parts below and the library
     python -m bench.device --part ops         # operators against torch, xformers, Liger and the chip's own ceilings
     python -m bench.device --part steps       # training steps and inference against literal and peft
     python -m bench.device --part compiled    # the same against torch.compile
@@ -32,9 +33,9 @@ from bench.device_parts.workers import Turns, Worker, serve
 from bench.record import Record, default_path
 from fastpeft.ops.choose import chip_of
 
-PARTS = ("verify", "ops", "steps", "compiled", "zero", "summary")
+PARTS = ("verify", "tune", "ops", "steps", "compiled", "zero", "summary")
 # Seconds after which a row is given up: a kernel's first compilation, max-autotune, two runs of the trainer.
-_ROW_SECONDS = {"verify": 150, "ops": 150, "steps": 240, "compiled": 420, "zero": 420}
+_ROW_SECONDS = {"verify": 150, "tune": 240, "ops": 150, "steps": 240, "compiled": 420, "zero": 420}
 # What a row that is under way when the budget is spent may take on top of it.
 _GRACE_SECONDS = 45
 _ROOT = Path(__file__).resolve().parents[1]

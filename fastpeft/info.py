@@ -7,6 +7,7 @@ needs. Only looks: no model is built and no GPU memory is taken.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import sys
 
@@ -64,7 +65,7 @@ def describe() -> dict[str, dict[str, str]]:
     return {
         "versions": versions,
         "cpu": cpu,
-        "devices": {**_devices(), "CUDA kernels": _cuda.status()},
+        "devices": {**_devices(), "CUDA kernels": _cuda.status(), "launch choices": _launch_choices()},
         "operators": _operators(),
         "optional packages": {
             name: f"{version_of(name) or 'missing'}  ({purpose})" for name, purpose in OPTIONAL_PACKAGES.items()
@@ -82,6 +83,18 @@ def _devices() -> dict[str, str]:
         memory = device.total_memory / 2**30
         found[f"cuda:{index}"] = f"{device.name}, {memory:.0f} GiB, compute capability {device.major}.{device.minor}"
     return found
+
+
+def _launch_choices() -> str:
+    """How many measured launch choices of Triton kernels there are for the first GPU, and in which file."""
+    if version_of("triton") is None or not torch.cuda.is_available():
+        return "the tables'"
+    from fastpeft.kernels import _choices
+
+    chip = _choices.chip_of(torch.device("cuda", 0))
+    count = len(_choices.load(chip))
+    off = ", not used: FASTPEFT_AUTOTUNE=0" if os.environ.get("FASTPEFT_AUTOTUNE") == "0" else ""
+    return f"{count} measured, in {_choices.path_of(chip)}{off}" if count else "the tables', none measured"
 
 
 def _operators() -> dict[str, str]:

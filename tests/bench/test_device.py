@@ -55,6 +55,22 @@ def test_ops_times_every_way_to_compute_a_problem(tmp_path, capsys):
     assert "leaves work out" in capsys.readouterr().out
 
 
+def test_tune_keeps_the_choices_of_operators_and_steps(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FASTPEFT_CACHE", str(tmp_path / "cache"))
+    arguments = ("--part", "tune", "--operators", "layer_norm,mlp", "--methods", "vpt-deep-1", "--model", B16)
+    assert run(tmp_path, *arguments) == 0
+    rows = held(tmp_path, "tune")
+    chosen = {key: row["choices"] for key, row in rows.items()}
+    assert {key.split("/")[0] for key in rows} == {"layer_norm", "mlp", f"{B16}-tiny-32px"}
+    (step,) = (choices for key, choices in chosen.items() if "/train/vpt-deep-1" in key)
+    assert {key.split(" ")[0] for key in step} >= {"layer_norm._forward_kernel", "mlp.mlp_activate"}
+    for entry in step.values():
+        assert entry["measured"] > 1 and entry["seconds"] > 0 and entry["refused"] == []
+    assert "classes of launches" in capsys.readouterr().out
+    # What the interpreter's times say is nothing, and must not be found by the library.
+    assert not (tmp_path / "cache").exists()
+
+
 def test_steps_have_time_memory_floor_and_goals(tmp_path, capsys):
     methods = "vpt-deep-1,vpt-deep-200-batch-mask"
     assert run(tmp_path, "--part", "steps", "--methods", methods, "--model", B16) == 0

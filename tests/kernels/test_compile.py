@@ -11,12 +11,22 @@ import pytest
 from bench.kernels import CHIPS, operators
 
 
-@pytest.mark.parametrize("operator", operators())
-def test_no_spills_and_within_the_chips_limits(operator, capsys):
+def compiled(capsys, operator, *options):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.kernels", operator]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    command = [sys.executable, "-m", "bench.kernels", operator, *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     with capsys.disabled():
         print(f"\n{done.stdout}")
     assert done.returncode == 0, done.stderr
     assert all(f"sm_{chip}" in done.stdout for chip in CHIPS)
+
+
+@pytest.mark.parametrize("operator", operators())
+def test_no_spills_and_within_the_chips_limits(operator, capsys):
+    compiled(capsys, operator)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", operators())
+def test_candidates_for_tuning_compile_like_the_tables_choices(operator, capsys):
+    compiled(capsys, operator, "--candidates")
