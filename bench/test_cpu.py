@@ -24,7 +24,7 @@ from bench.cpu.variants import Variant, step_of
 from bench.timing import interleave
 
 _SHAPE = Shape(VIT_B, 4, threads=min(2, os.cpu_count() or 1))
-_TURNS, _SECONDS, _ROUNDS = 10, 3.0, 5
+_TURNS, _SECONDS, _ROUNDS = 10, 2.0, 3
 
 
 @pytest.fixture(scope="module")
