@@ -534,7 +534,10 @@ def _row_candidates(
     if not _multiplies_matrices(x.dtype, capability) or not aligned(x, down_weight, up_weight):
         return []
     m, d, h, warps = table.m, table.d, table.h, table.warps
-    shapes = [(m // 2, d, warps, 4), (m, d, 12 - warps, 4), (m, 32, warps, 4), (m, d, warps, 2)]
+    # What is left out, fewer warps above all, spills on one chip or another.
+    shapes = [(m, d, warps, 2), (m, 32, warps, 4) if products == 1 else (m // 2, d, warps, 4)]
+    if warps == 4:
+        shapes.append((m, d, 8, 4))
     if products * h <= 128:
         shapes.append((2 * m, d, 8, 3))
     found = []
@@ -565,7 +568,8 @@ def _factor_candidates(table: _FactorTiles, left: Tensor, right: Tensor) -> list
     if not _multiplies_matrices(left.dtype, capability) or not aligned(left, right):
         return []
     m, p, q = table.m, table.p, table.q
-    shapes = [(m // 2, p, q, table.warps), (m, p, q, 12 - table.warps)]
+    shapes = [(m // 2, p, q, table.warps)]
+    shapes += [(m, p, q, 8)] if table.warps == 4 else []
     shapes += [(m, p // 2, q, 4)] if p > 64 else []
     shapes += [(m, p, q // 2, 4)] if q > 64 else []
     size = left.element_size()
