@@ -115,8 +115,9 @@ def tile_candidates(
     size = dtype.itemsize
     step = 128 // size
     wide = 128 // _share(low)
-    shapes = [(64, 64, step, 4, 4), (64, wide, step, 4, 3), (128, 64, step, 8, 3), (128, wide, step // 2, 8, 4)]
-    shapes += [(128, wide, step, 8, 3)]
+    shapes = [(64, 64, step, 4, 4), (128, 64, step, 8, 3), (128, wide, step // 2, 8, 4), (128, wide, step, 8, 3)]
+    if wide > 64:
+        shapes.append((64, wide, step, 4, 3))
     if table.n > wide:
         shapes += [(table.m, table.n, step // 2, table.warps, 4)]
     found = [_fitted(Tiles(*shape), size, capability, widest, low) for shape in shapes]

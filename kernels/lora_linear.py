@@ -387,10 +387,11 @@ def _beside_candidates(
     if not on_matrix_units(dtype, capability) or not whole:
         return []
     m, n, k, warps = table.m, table.n, table.k, table.warps
-    found = [Tiles(m, n, k, warps, table.stages + 1)]
+    # What is left out on single chips spills there, here and in the sums.
+    found = [Tiles(m, n, k, warps, table.stages + 1)] if capability != 100 or table.stages < 3 else []
     if _rank_block(terms) * len(terms) <= 128:
-        found += [Tiles(64, 64, k, 12 - warps, 3), Tiles(64, 128, k, 8, 3), Tiles(128, 64, k, 8, 3)]
-        found += [Tiles(64, 32, k, warps, 3)]
+        found += [Tiles(64, 128, k, 8, 3), Tiles(128, 64, k, 8, 3), Tiles(64, 32, k, warps, 3)]
+        found += [Tiles(64, 64, k, 8, 3)] if warps == 4 else []
     factor = _rank_block(terms) * terms[0][0].dtype.itemsize
     limit = SHARED_LIMIT.get(capability, SHARED_LIMIT[75]) - 4096
     return [t for t in found if t.stages * (t.k * (t.m * dtype.itemsize + factor) + t.n * factor) <= limit]
@@ -426,4 +427,5 @@ def _sum_candidates(dtype: torch.dtype, capability: int, whole: bool) -> list[_S
     if not on_matrix_units(dtype, capability) or not whole:
         return []
     m = 128 // dtype.itemsize
-    return [_SumTiles(m, 64, 4, 4), _SumTiles(m // 2, 64, 4, 4), _SumTiles(m, 128, 8, 3), _SumTiles(2 * m, 64, 8, 2)]
+    found = [_SumTiles(m, 64, 4, 4), _SumTiles(m // 2, 64, 4, 4), _SumTiles(2 * m, 64, 8, 2)]
+    return [*found, _SumTiles(m, 128, 8, 3)] if capability in (90, 100) else found
