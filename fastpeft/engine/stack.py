@@ -62,8 +62,9 @@ class EngineHost(Adopted):
 
 def packs_of(host: nn.Module) -> list:
     """What backends have packed of the host's frozen weights, block by block."""
-    states = [child(host, path).fastpeft_block for path, _ in host.fastpeft_host.spec.blocks]
-    return [state.packs for state in states if state.packs is not None]
+    # By the modules that there are: blocks may have been cut off since.
+    states = [module.__dict__.get("fastpeft_block") for module in host.modules()]
+    return [state.packs for state in states if state is not None and state.packs is not None]
 
 
 def _rest(module: nn.Module) -> None:

@@ -47,7 +47,7 @@ def adapter(
     Raises:
         BackendError: the backend asked for cannot run.
     """
-    if not is_reference("adapter", backend):
+    if not is_reference("adapter", backend, x.device):
         factors = (down_weight, down_bias, up_weight, up_bias)
         skip = residual is x
         x, residual = working(x, residual)

@@ -158,9 +158,16 @@ def unavailable(operator: str, backend: str, chip: Chip) -> str | None:
     return _cuda.unavailable(chip.capability) if backend == "cuda" else None
 
 
-def is_reference(operator: str, wish: str) -> bool:
-    """Whether the reference runs whatever the arguments, which is known without looking at them."""
-    return wish == "reference" or (wish == "auto" and not any(name == operator for name, _, _ in PROVEN))
+def is_reference(operator: str, wish: str, device: torch.device | None = None) -> bool:
+    """Whether the reference runs whatever the arguments, which is known without looking at them.
+
+    Args:
+        operator: name.
+        wish: "auto" or one of `BACKENDS`.
+        device: of the tensors, if that is known.
+    """
+    kinds = (kind for name, kind, _ in PROVEN if name == operator)
+    return wish == "reference" or (wish == "auto" and not any(device is None or k == device.type for k in kinds))
 
 
 def choose(
@@ -177,7 +184,7 @@ def choose(
     Raises:
         BackendError: what was asked for cannot run; names every implementation with its reason.
     """
-    if wish == "reference":
+    if wish == "reference" or (wish == "auto" and transformed()):
         return None
     chip = chip_of(device)
     if wish != "auto":
@@ -196,6 +203,16 @@ def choose(
             return _module(operator, backend)
         say_once(f"{operator} runs on its reference, since {backend} cannot: {', '.join(refused)}")
     return None
+
+
+def transformed() -> bool:
+    """Whether somebody stands between torch's operators and their numbers, who would not see any other operator.
+
+    That is torch.func, forward-mode differentiation, and modes that record, fake or count what torch's operators do.
+    """
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def _refused(operator: str, backend: str, chip: Chip, reasons: Callable[[ModuleType], list[str]]) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpeft import _native
+from fastpeft.ops.choose import transformed
 from fastpeft.ops.dropout_mask import dropout_mask, mask_words
 
 
@@ -30,7 +31,7 @@ def dropped_rows(x: Tensor, seed: Tensor, step: Tensor, site: int, samples: tupl
 
 def _runs_natively(x: Tensor) -> bool:
     """The same numbers either way: where the native library is there, it makes no mask."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or _native.library() is None:
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or transformed() or _native.library() is None:
         return False
     from fastpeft.native.vector import dropout
 

@@ -58,7 +58,7 @@ def add_layer_norm(
     Raises:
         BackendError: the backend asked for cannot run.
     """
-    if not is_reference("layer_norm", backend):
+    if not is_reference("layer_norm", backend, x.device):
         if branch is not None and branch.dtype != x.dtype:
             # As torch adds a product under autocast to an fp32 residual stream.
             dtype = torch.promote_types(x.dtype, branch.dtype)

@@ -67,7 +67,7 @@ def lora_linear(
     Raises:
         BackendError: the backend asked for cannot run.
     """
-    if not is_reference("lora_linear", backend):
+    if not is_reference("lora_linear", backend, x.device):
         y = _fused(x, weight, bias, terms, backend) if terms else F.linear(x, weight, bias)
         if y is not None:
             return split_columns(y, splits)

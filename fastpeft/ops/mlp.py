@@ -51,7 +51,7 @@ def mlp(
     Raises:
         BackendError: the backend asked for cannot run.
     """
-    if not is_reference("mlp", backend) or keep != "preactivation":
+    if not is_reference("mlp", backend, x.device) or keep != "preactivation":
         x, *weights = working(x, weight1, bias1, weight2, bias2)
         if torch.compiler.is_compiling():
             return registered.mlp(x, *weights, activation, keep, backend)

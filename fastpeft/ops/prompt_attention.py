@@ -76,7 +76,7 @@ def prompt_attention(
     if prompt_k is not None and prompt_k.shape[-2] == 0:
         prompt_k = prompt_v = prompt_index = None
     # torch's generator draws inside torch's own function only.
-    if not is_reference("prompt_attention", backend) and (not dropout or words is not None):
+    if not is_reference("prompt_attention", backend, q.device) and (not dropout or words is not None):
         q, k, v, prompt_k, prompt_v, attn_mask = working(q, k, v, prompt_k, prompt_v, attn_mask)
         options = Options(_additive(attn_mask, q.dtype), causal, scale, dropout, words, prompt_index)
         if torch.compiler.is_compiling():

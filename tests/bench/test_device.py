@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -129,7 +130,10 @@ def test_the_file_names_machine_versions_and_command(tmp_path):
 def test_a_spent_budget_leaves_rows_for_the_next_call(tmp_path, capsys):
     arguments = ("--part", "verify", "--operators", "layer_norm", "--methods", "linear")
     assert run(tmp_path, *arguments, "--budget", "0") == 0
-    assert "8 rows are left" in capsys.readouterr().out
+    # One row, whichever it is, has run.
+    said = capsys.readouterr().out
+    total = int(re.search(r"\[1/(\d+)\]", said)[1])
+    assert total > 1 and f"{total - 1} rows are left" in said
     assert run(tmp_path, *arguments) == 0
     assert "time is up" not in capsys.readouterr().out
 

@@ -201,11 +201,15 @@ def run(operator: str, count: int) -> None:
         for seed in range(first, first + count):
             torch.manual_seed(seed)
             random.seed(seed)
-            torch.set_num_threads(3 if random.random() < 0.03 else 1)
+            torch.set_num_threads(1)
             chosen = random.choice(HERE)
             library.level = lambda chosen=chosen: chosen
             for name, (value, plain, exact) in DRAWS[operator]().items():
                 assert value.dtype == plain.dtype and value.shape == exact.shape, (name, seed)
+                if not exact.any():
+                    # One key alone is seen: what is left of terms that cancel has no size to be compared with.
+                    assert not (value.abs() > 100 * torch.finfo(value.dtype).eps).any(), f"{name}; {SEED}={seed}"
+                    continue
                 found, baseline = error(value, exact), error(plain, exact)
                 allowed = 2 * baseline + _ROUNDINGS[value.dtype] * torch.finfo(value.dtype).eps
                 assert found <= allowed, f"{name} on {chosen}: error {found:.2e}, bound {allowed:.2e}; {SEED}={seed}"

@@ -102,7 +102,7 @@ def forward(
     y = empty_like(x)
     s = x if branch is None else empty_like(x)
     count = x.numel() // x.shape[-1]
-    mean, rstd = torch.empty(2, count)
+    mean, rstd = torch.empty(count), torch.empty(count)
     rows = _row_count(x)
     x, branch = _readable(x), _readable(branch)
     weight, bias, gamma = map(in_fp32, (weight, bias, gamma))
