@@ -69,7 +69,7 @@ $(STAMPS)/packages: $(TORCH_STAMP) pyproject.toml
 	@FASTPEFT_NATIVE=0 $(INSTALL) --no-build-isolation --editable ".[train,bench,demo,test]"
 	@touch $@
 
-$(STAMPS)/project: $(STAMPS)/packages setup.py $(wildcard csrc/cpu/*)
+$(STAMPS)/project: $(STAMPS)/packages setup.py $(wildcard csrc/cpu/* csrc/cpu/*/*)
 	@echo "set-up 4/4: fastpeft with its native library"
 	@$(INSTALL) --no-build-isolation --no-deps --editable .
 	@$(BIN)/python -c "from fastpeft import _native; print('native library:', _native.status())"
