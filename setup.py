@@ -39,8 +39,8 @@ CUDA_ARCHS = "8.0;9.0a;10.0"
 # what a file may use beyond the baseline is chosen when it runs, so that one build serves every CPU.
 COMPILE_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
-# Files of csrc/cpu/FOLDER are compiled once for each of these instruction sets, where the compiler knows it; they export
-# their functions with the name of the set behind, and fastpeft/_native.py picks by what the CPU has.
+# Files of csrc/cpu/FOLDER are compiled once for each of these instruction sets, where the compiler knows it; they
+# export their functions with the name of the set behind, and fastpeft/_native.py picks by what the CPU has.
 _AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 LEVEL_FLAGS = {
     "vector": {"none": [], "avx2": ["-mavx2", "-mfma"], "avx512": _AVX512},

@@ -16,7 +16,7 @@ from pathlib import Path
 
 LIBRARY = Path(__file__).with_name("libfastpeft_cpu.so")
 # Of the interface in csrc/cpu/features.cpp, which also fixes the order of the names.
-INTERFACE = 2
+INTERFACE = 3
 FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16")
 
 

@@ -99,7 +99,7 @@ bool request_amx() { return false; }
 }  // namespace
 
 // Counts changes of this interface. fastpeft/_native.py refuses a library of another count.
-FASTPEFT_EXPORT int32_t fastpeft_cpu_interface() { return 2; }
+FASTPEFT_EXPORT int32_t fastpeft_cpu_interface() { return 3; }
 
 FASTPEFT_EXPORT uint64_t fastpeft_cpu_features() { return detect(); }
 

@@ -137,29 +137,24 @@ class BlockRun:
     ) -> tuple[Tensor, Tensor | None]:
         """The first `out` rows of x + attention, and their norm2 if it came with them."""
         if whole:
-            y = attention_branch(self, x, own, lambda own: self._extra(own, x.dtype), not self._adapted("attn"))
+            y = attention_branch(self, x, own, lambda own: self._extra(own, x.dtype))
             if y is not None:
-                return self._around("1", "attn", x, y), None
+                return y, None
         h = self._norm("norm1", x)
         branch = self._container(self.spec.attn, lambda h: self._attention(h, own, out, mask, causal), h)
         return self._add_and_norm(x[:, :out], branch, h[:, :out])
 
     def _mlp_branch(self, x: Tensor, h: Tensor | None) -> Tensor:
         if h is None:
-            y = mlp_branch(self, x, not self._adapted("ffn"))
+            y = mlp_branch(self, x)
             if y is not None:
-                return self._around("2", "ffn", x, y)
+                return y
             h = self._norm("norm2", x)
         branch = self._container(self.spec.mlp, self._mlp, h)
         return self._add("2", "ffn", x, branch, h)
 
-    def _adapted(self, location: str) -> bool:
-        return any(adapter.acts_on(location) for adapter in self.adapters)
-
-    def _around(self, index: str, location: str, x: Tensor, y: Tensor) -> Tensor:
-        """What an operator gave for a branch: the sum, or, where there are adapters, the branch alone."""
-        if not self._adapted(location):
-            return y
+    def around(self, index: str, location: str, x: Tensor, y: Tensor) -> Tensor:
+        """x + branch with its adapters, of what an operator gave for the branch alone."""
         parallel = any(adapter.acts_on(location) and adapter.mode != "serial" for adapter in self.adapters)
         normed = self._norm("norm" + index, x) if parallel else None
         return x + self._adapt(location, y, normed)

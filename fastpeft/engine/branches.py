@@ -1,8 +1,8 @@
 """Whether a block's branches can run as operators of their own, and what these are told.
 
-A branch is more than its operators one after another where everything in it is frozen but prompts and low-rank factors:
-LayerNorm and LayerScale then fold into the products, and nothing between the products has to be a tensor that anybody
-else can read.
+A branch is more than its operators one after another where everything in it is frozen but prompts, low-rank factors and
+adapters: LayerNorm and LayerScale then fold into the products, and nothing between the products has to be a tensor that
+anybody else can read.
 """
 
 from __future__ import annotations
@@ -32,16 +32,14 @@ def attention_branch(
     x: Tensor,
     own: Tensor | None,
     extra: Callable[[Tensor | None], list[tuple[Tensor, Tensor]]],
-    residual: bool,
 ) -> Tensor | None:
-    """x + branch (the branch alone without `residual`), or None if the block's attention has to be composed.
+    """x + branch, or None if the block's attention has to be composed.
 
     Args:
         run: the block's forward.
         x: (B, N, d), all rows of which are queries, keys and values; no mask.
         own: prompt rows that the block inserts, (p, d) or (B, p, d), or None.
         extra: gives keys and values, (H, p, D) or (B, H, p, D), of prompt rows and of what else is nothing but that.
-        residual: add x.
     """
     spec, wish = run.spec, run.backends["block"]
     if run.attn_drop or not _folds(run, "1", ("q_norm", "k_norm", "attn_norm", "proj_drop")):
@@ -61,6 +59,7 @@ def attention_branch(
         rows = own
     keys_values = join([] if rows is not None else extra(own), x.shape[0])
     norm = child(run.block, spec.inner["norm1"])
+    inside = _Inside(run, "attn", bool(qkv.terms or out.terms))
     with suspended(x.device):
         pack = _packer(run, module)
         plan = module.Attention(
@@ -71,13 +70,16 @@ def attention_branch(
             spec.head_dim,
             spec.scale,
             norm.eps,
-            residual,
+            inside.all,
             run.state.host.memory == "balanced",
+            inside.adapter(module),
         )
-        return module.attention_branch(x, rows, *keys_values, plan, [*qkv.factors, *out.factors])
+        factors = [*qkv.factors, *out.factors, *inside.factors]
+        y = module.attention_branch(x, rows, *keys_values, plan, factors)
+    return y if inside.all else run.around("1", "attn", x, y)
 
 
-def mlp_branch(run: BlockRun, x: Tensor, residual: bool) -> Tensor | None:
+def mlp_branch(run: BlockRun, x: Tensor) -> Tensor | None:
     """As `attention_branch`, for the MLP; x (B, n, d)."""
     spec, wish = run.spec, run.backends["block"]
     if spec.opaque_mlp or spec.activation is None or not _folds(run, "2", ("drop1", "mlp_norm", "drop2")):
@@ -90,6 +92,7 @@ def mlp_branch(run: BlockRun, x: Tensor, residual: bool) -> Tensor | None:
     if module is None:
         return None
     norm = child(run.block, spec.inner["norm2"])
+    inside = _Inside(run, "ffn", bool(fc1.terms or fc2.terms))
     with suspended(x.device):
         pack = _packer(run, module)
         plan = module.Mlp(
@@ -98,10 +101,40 @@ def mlp_branch(run: BlockRun, x: Tensor, residual: bool) -> Tensor | None:
             (fc1.places(module), fc2.places(module)),
             spec.activation,
             norm.eps,
-            residual,
+            inside.all,
             run.state.host.memory == "balanced",
+            inside.adapter(module),
         )
-        return module.mlp_branch(x, plan, [*fc1.factors, *fc2.factors])
+        y = module.mlp_branch(x, plan, [*fc1.factors, *fc2.factors, *inside.factors])
+    return y if inside.all else run.around("2", "ffn", x, y)
+
+
+class _Inside:
+    """Which adapter of a location runs within its branch.
+
+    Attributes:
+        all: nothing is left to be done outside.
+    """
+
+    def __init__(self, run: BlockRun, location: str, terms: bool):
+        here = [adapter for adapter in run.adapters if adapter.acts_on(location)]
+        inner = here[0].bottleneck(location) if len(here) == 1 else None
+        # What rides along beside the branch takes the place of low-rank terms.
+        if inner is not None and here[0].mode != "serial" and (terms or inner.skip):
+            inner = None
+        self._mode, self._inner = here[0].mode if here else None, inner
+        self.all = inner is not None or not here
+
+    def adapter(self, module: ModuleType) -> object | None:
+        """What is constant of it."""
+        return None if self._inner is None else module.Adapter(self._mode, self._inner.act, self._inner.scale)
+
+    @property
+    def factors(self) -> list[Tensor | None]:
+        if self._inner is None:
+            return []
+        down, up = self._inner.down, self._inner.up
+        return [down.weight, down.bias, up.weight, up.bias]
 
 
 class _Layers:

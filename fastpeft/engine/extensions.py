@@ -56,6 +56,10 @@ class Extension(nn.Module):
         """Whether its training forward needs random numbers."""
         return False
 
+    def bottleneck(self, location: str) -> Bottleneck | None:
+        """The bottleneck adapter that it is at a location, if it is nothing but that."""
+        return None
+
 
 class Prompts(Extension):
     """Learned hidden states that join the block's input rows.
@@ -216,6 +220,10 @@ class Adapters(Extension):
         """Whether there is an adapter at a location, "attn" or "ffn"."""
         return location in self._modules
 
+    def bottleneck(self, location: str) -> Bottleneck | None:
+        inner = self._modules[location]
+        return inner if type(inner) is Bottleneck else None
+
     def apply_to(self, location: str, branch: Tensor, normed: Tensor, backend: str = "auto") -> Tensor:
         """The residual branch at a location with the adapter in it; shapes (B, n, d)."""
         inner = self._modules[location]
@@ -231,6 +239,9 @@ class SingleAdapter(Bottleneck, Extension):
 
     def acts_on(self, location: str) -> bool:
         return location == "ffn"
+
+    def bottleneck(self, location: str) -> Bottleneck | None:
+        return self
 
     def apply_to(self, location: str, branch: Tensor, normed: Tensor, backend: str = "auto") -> Tensor:
         return self(branch, None, backend)

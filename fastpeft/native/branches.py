@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastpeft.native import blocked, low_rank
 from fastpeft.native.attention import Heads, Shape, attention_backward, attention_forward
+from fastpeft.native.bottleneck import FACTORS, Adapter, Bottleneck
 from fastpeft.native.gemm import gemm
 from fastpeft.native.layer_norm import layer_norm_backward
 from fastpeft.native.low_rank import LowRank, Place
@@ -38,6 +39,8 @@ class Attention:
         epsilon: of the LayerNorm.
         residual: add x to the branch.
         balanced: keep less, compute again.
+        adapter: behind or beside the branch, which then has a residual; a parallel one not with low-rank terms of the
+            same layers.
     """
 
     qkv: Layer
@@ -49,6 +52,7 @@ class Attention:
     epsilon: float
     residual: bool
     balanced: bool
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Mlp:
     epsilon: float
     residual: bool
     balanced: bool
+    adapter: Adapter | None = None
 
 
 def attention_branch(
@@ -70,7 +75,7 @@ def attention_branch(
     prompt_k: Tensor | None,
     prompt_v: Tensor | None,
     plan: Attention,
-    factors: Sequence[Tensor],
+    factors: Sequence[Tensor | None],
 ) -> Tensor:
     """The attention branch of x, differentiable in x, the prompts and the factors.
 
@@ -81,7 +86,8 @@ def attention_branch(
         prompt_k: the same as keys: (H, p, D), (B, H, p, D), or None; rows of D without gaps.
         prompt_v: like prompt_k.
         plan: everything that is frozen.
-        factors: A (r, in) and B (out, r) of every low-rank term, in the order of the plan's places.
+        factors: A (r, in) and B (out, r) of every low-rank term, in the order of the plan's places; then the adapter's
+            W_down (hidden, d), b_down (hidden,) or None, W_up (out, hidden), b_up (out,) or None.
 
     Returns:
         (B, N, out), of x's dtype.
@@ -95,7 +101,7 @@ def attention_branch(
     return _AttentionBranch.apply(x, prompt_k, prompt_v, packed, plan, *factors)
 
 
-def mlp_branch(x: Tensor, plan: Mlp, factors: Sequence[Tensor]) -> Tensor:
+def mlp_branch(x: Tensor, plan: Mlp, factors: Sequence[Tensor | None]) -> Tensor:
     """As `attention_branch`, for the MLP."""
     return _MlpBranch.apply(x, plan, *factors)
 
@@ -112,23 +118,86 @@ class _Packed(NamedTuple):
         return Heads.blocked(t, rows), Heads.blocked(t, rows, inner)
 
 
-def _pairs(factors: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
+def _pairs(factors: Sequence) -> list[tuple]:
     return list(zip(factors[::2], factors[1::2], strict=True))
 
 
-def _low_ranks(
-    layers: tuple[Layer, Layer], places: tuple[tuple[Place, ...], tuple[Place, ...]], factors: tuple[Tensor, ...]
-) -> tuple[LowRank | None, LowRank | None]:
-    """The terms of two layers, whose factors follow on each other."""
-    pairs = _pairs(factors)
-    count = len(places[0])
-    parts = (pairs[:count], places[0]), (pairs[count:], places[1])
-    return tuple(LowRank(layer, *part) if part[0] else None for layer, part in zip(layers, parts, strict=True))
+def _parts(plan: Attention | Mlp, of_factors: Sequence) -> tuple[list[tuple], list[tuple], Sequence]:
+    """What belongs to the pairs of factors of the first layer, of the second, and to the adapter."""
+    pairs = _pairs(of_factors if plan.adapter is None else of_factors[:-FACTORS])
+    count = len(plan.places[0])
+    return pairs[:count], pairs[count:], () if plan.adapter is None else of_factors[-FACTORS:]
 
 
-def _split(needed: tuple[bool, ...], first: int) -> tuple[list[tuple[bool, bool]], list[tuple[bool, bool]]]:
-    pairs = list(zip(needed[::2], needed[1::2], strict=True))
-    return pairs[:first], pairs[first:]
+def _beside(
+    plan: Attention | Mlp, layers: tuple[Layer, Layer], factors: Sequence[Tensor | None]
+) -> tuple[LowRank | None, LowRank | None, Bottleneck | None]:
+    """The terms of both layers, and the adapter."""
+    *pairs, rest = _parts(plan, factors)
+    lows = (
+        LowRank(layer, own, places) if own else None
+        for layer, own, places in zip(layers, pairs, plan.places, strict=True)
+    )
+    return (*lows, Bottleneck(plan.adapter, rest, layers[0]) if rest else None)
+
+
+class _Kept(NamedTuple):
+    """What an adapter keeps: its hidden units, the activation's derivative, and what it read, if that is not x."""
+
+    hidden: Tensor | None = None
+    slopes: Tensor | None = None
+    read: Tensor | None = None
+
+
+def _last(
+    plan: Attention | Mlp,
+    layer: Layer,
+    low: LowRank | None,
+    bottleneck: Bottleneck | None,
+    a: Tensor,
+    x: Tensor,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, _Kept]:
+    """The branch's end: y = x + layer(a) with the adapter; and u, and what the adapter keeps."""
+    rows, width = x.shape[0], layer.weight.shape[0]
+    y = pool.empty(rows, width, dtype=x.dtype)
+    other = x if plan.residual else None
+    if bottleneck is None:
+        return y, low_rank.forward(layer, low, a, y, rows, other=other), _Kept()
+    if bottleneck.serial:
+        f = blocked.empty(rows, width)
+        u = low_rank.forward(layer, low, a, f, rows)
+        h, slopes = bottleneck.hidden(f, rows, keep)
+        gemm(h, bottleneck.up(), y, rows, bottleneck.up_bias(None), other=f, another=x)
+        return y, u, _Kept(h, slopes, f)
+    h, slopes = bottleneck.hidden(x, rows, keep, torch.empty(2, rows), plan.epsilon)
+    beside = {"a2": h, "extra": bottleneck.up(), "bias": bottleneck.up_bias(layer.bias)}
+    return y, low_rank.forward(layer, None, a, y, rows, other=other, **beside), _Kept(h, slopes)
+
+
+def _last_backward(
+    bottleneck: Bottleneck | None,
+    kept: _Kept,
+    dy: Tensor,
+    x: Tensor,
+    statistics: Tensor,
+    before: bool,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, dict, list[Tensor | None]]:
+    """The gradient of what the branch's last layer gave, if it is needed; what `gemm` is to be told besides for the
+    gradient of the first layer's input; and the gradients of the adapter's factors."""
+    if bottleneck is None:
+        return dy, {}, []
+    rows = dy.shape[0]
+    dz = bottleneck.backward_hidden(dy, kept.slopes, rows)
+    if bottleneck.serial:
+        found = bottleneck.gradients(kept.read, kept.hidden, dy, dz, rows, None, needed)
+        if not before:
+            return None, {}, found
+        df = blocked.empty(rows, dy.shape[1])
+        return gemm(dz, bottleneck.backward_input(), df, rows, other=dy), {}, found
+    found = bottleneck.gradients(x, kept.hidden, dy, dz, rows, statistics, needed)
+    return dy, {"a2": dz, "extra": bottleneck.backward_input()}, found
 
 
 class _PromptKeysValues(torch.autograd.Function):
@@ -177,7 +246,8 @@ class _AttentionBranch(torch.autograd.Function):
         batch, tokens, width = x.shape
         rows, inner = batch * tokens, plan.num_heads * plan.head_dim
         flat = x.contiguous().view(rows, width)
-        lows = _low_ranks((plan.qkv, plan.out), plan.places, factors)
+        *lows, bottleneck = _beside(plan, (plan.qkv, plan.out), factors)
+        needed = any(ctx.needs_input_grad)
         statistics = torch.empty(2, rows)
         qkv = blocked.empty(rows, 3 * inner)
         u = low_rank.forward(plan.qkv, lows[0], flat, qkv, rows, statistics=statistics, epsilon=plan.epsilon)
@@ -185,13 +255,12 @@ class _AttentionBranch(torch.autograd.Function):
         shape, prompts = _prompts(plan, batch, tokens, prompt_k, prompt_v, packed)
         place = Heads.blocked(attended, tokens)
         lse = attention_forward(shape, *_heads(plan, qkv, tokens), *prompts, place, plan.scale)
-        y = pool.empty(rows, plan.out.weight.shape[0], dtype=x.dtype)
-        u_out = low_rank.forward(plan.out, lows[1], attended, y, rows, other=flat if plan.residual else None)
-        if any(ctx.needs_input_grad):
+        y, u_out, beside = _last(plan, plan.out, lows[1], bottleneck, attended, flat, needed)
+        if needed:
             kept = None if plan.balanced else qkv
             # Attention's own backward pass does not look at what it gave, the gradients of factors behind it do.
             given = None if lows[1] is None else attended
-            ctx.save_for_backward(flat, statistics, kept, given, lse, prompt_k, prompt_v, u, u_out, *factors)
+            ctx.save_for_backward(flat, statistics, kept, given, lse, prompt_k, prompt_v, u, u_out, *beside, *factors)
             ctx.plan, ctx.packed, ctx.batch, ctx.tokens = plan, packed, batch, tokens
         return y.view(batch, tokens, -1)
 
@@ -199,18 +268,23 @@ class _AttentionBranch(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     @without_autocast
     def backward(ctx, dy: Tensor):
-        x, statistics, qkv, attended, lse, prompt_k, prompt_v, u, u_out, *factors = ctx.saved_tensors
+        x, statistics, qkv, attended, lse, prompt_k, prompt_v, u, u_out, *rest = ctx.saved_tensors
+        beside, factors = _Kept(*rest[:3]), rest[3:]
         plan, batch, tokens = ctx.plan, ctx.batch, ctx.tokens
         rows, inner = x.shape[0], plan.num_heads * plan.head_dim
         needs_x, needs_pk, needs_pv, _, _, *needs_factors = ctx.needs_input_grad
-        needs = _split(needs_factors, len(plan.places[0]))
-        lows = _low_ranks((plan.qkv, plan.out), plan.places, tuple(factors))
+        *needs, needs_adapter = _parts(plan, needs_factors)
+        *lows, bottleneck = _beside(plan, (plan.qkv, plan.out), factors)
         flat = dy.contiguous().view(rows, -1)
 
         before = needs_x or needs_pk or needs_pv or bool(needs[0])
+        df, riding, dfactors = _last_backward(
+            bottleneck, beside, flat, x, statistics, before or bool(needs[1]), needs_adapter
+        )
         dattended = blocked.empty(rows, inner) if before else None
-        du = low_rank.backward(plan.out, lows[1], flat, dattended, rows)
-        dfactors = [] if du is None else lows[1].gradients(attended, u_out, flat, du, rows, None, needs[1])
+        du = None if df is None else low_rank.backward(plan.out, lows[1], df, dattended, rows)
+        if du is not None:
+            dfactors = lows[1].gradients(attended, u_out, df, du, rows, None, needs[1]) + dfactors
         if not before:
             return None, None, None, None, None, *dfactors
 
@@ -225,7 +299,7 @@ class _AttentionBranch(torch.autograd.Function):
         dx = None
         if tokens_too:
             dxhat = blocked.empty(rows, x.shape[1]) if needs_x else None
-            du = low_rank.backward(plan.qkv, lows[0], dqkv, dxhat, rows)
+            du = low_rank.backward(plan.qkv, lows[0], dqkv, dxhat, rows, **riding)
             if du is not None:
                 dfactors = lows[0].gradients(x, u, dqkv, du, rows, statistics, needs[0]) + dfactors
             if needs_x:
@@ -296,7 +370,7 @@ class _MlpBranch(torch.autograd.Function):
     def forward(ctx, x: Tensor, plan: Mlp, *factors: Tensor):
         flat = x.contiguous().view(-1, x.shape[-1])
         rows, hidden = flat.shape[0], plan.fc1.weight.shape[0]
-        lows = _low_ranks((plan.fc1, plan.fc2), plan.places, factors)
+        *lows, bottleneck = _beside(plan, (plan.fc1, plan.fc2), factors)
         needed = any(ctx.needs_input_grad)
         statistics = torch.empty(2, rows)
         kept = None
@@ -305,10 +379,9 @@ class _MlpBranch(torch.autograd.Function):
         a = blocked.empty(rows, hidden)
         options = {"statistics": statistics, "epsilon": plan.epsilon, "activation": plan.activation, "kept": kept}
         u1 = low_rank.forward(plan.fc1, lows[0], flat, a, rows, **options)
-        y = pool.empty(rows, plan.fc2.weight.shape[0], dtype=x.dtype)
-        u2 = low_rank.forward(plan.fc2, lows[1], a, y, rows, other=flat if plan.residual else None)
+        y, u2, beside = _last(plan, plan.fc2, lows[1], bottleneck, a, flat, needed)
         if needed:
-            ctx.save_for_backward(flat, statistics, kept, None if lows[1] is None else a, u1, u2, *factors)
+            ctx.save_for_backward(flat, statistics, kept, None if lows[1] is None else a, u1, u2, *beside, *factors)
             ctx.plan, ctx.shape = plan, x.shape
         return y.view(*x.shape[:-1], -1)
 
@@ -316,21 +389,28 @@ class _MlpBranch(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     @without_autocast
     def backward(ctx, dy: Tensor):
-        x, statistics, kept, a, u1, u2, *factors = ctx.saved_tensors
+        x, statistics, kept, a, u1, u2, *rest = ctx.saved_tensors
+        beside, factors = _Kept(*rest[:3]), rest[3:]
         plan, rows = ctx.plan, x.shape[0]
         needs_x, _, *needs_factors = ctx.needs_input_grad
-        needs = _split(needs_factors, len(plan.places[0]))
-        lows = _low_ranks((plan.fc1, plan.fc2), plan.places, tuple(factors))
+        *needs, needs_adapter = _parts(plan, needs_factors)
+        *lows, bottleneck = _beside(plan, (plan.fc1, plan.fc2), factors)
         flat = dy.contiguous().view(rows, -1)
 
         before = needs_x or bool(needs[0])
+        df, riding, dfactors = _last_backward(
+            bottleneck, beside, flat, x, statistics, before or bool(needs[1]), needs_adapter
+        )
         dz = blocked.empty(rows, plan.fc1.weight.shape[0]) if before else None
-        du = low_rank.backward(plan.fc2, lows[1], flat, dz, rows, **({"kept": kept} if before else {}))
-        dfactors = [] if du is None else lows[1].gradients(a, u2, flat, du, rows, None, needs[1])
+        du = None
+        if df is not None:
+            du = low_rank.backward(plan.fc2, lows[1], df, dz, rows, **({"kept": kept} if before else {}))
+        if du is not None:
+            dfactors = lows[1].gradients(a, u2, df, du, rows, None, needs[1]) + dfactors
         dx = None
         if before:
             dxhat = blocked.empty(rows, x.shape[1]) if needs_x else None
-            du = low_rank.backward(plan.fc1, lows[0], dz, dxhat, rows)
+            du = low_rank.backward(plan.fc1, lows[0], dz, dxhat, rows, **riding)
             if du is not None:
                 dfactors = lows[0].gradients(x, u1, dz, du, rows, statistics, needs[0]) + dfactors
             if needs_x:

@@ -43,7 +43,7 @@ class Matrix(ctypes.Structure):
 class _Gemm(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "columns", "depth", "extra")),
-        *((name, Matrix) for name in ("a", "c", "other")),
+        *((name, Matrix) for name in ("a", "c", "other", "another")),
         *((name, ctypes.c_void_p) for name in ("weight", "extra_weight", "down_weight", "down_bias")),
         ("a2", Matrix),
         *((name, ctypes.c_void_p) for name in ("bias", "statistics", "kept")),
@@ -124,6 +124,7 @@ def gemm(
     extra: Weight | None = None,
     down: Weight | None = None,
     down_bias: Tensor | None = None,
+    another: Tensor | None = None,
 ) -> Tensor:
     """c = epilogue(prologue(a) W^T + a2 extra^T).
 
@@ -142,6 +143,7 @@ def gemm(
         extra: W2.
         down: a2 = prologue(a) down^T + down_bias.
         down_bias: fp32 (extra depth,).
+        another: added besides `other`.
     """
     epilogue = _ACTIVATE if activation else _SCALE if kept is not None else _RESIDUAL if other is not None else _STORE
     call = _Gemm(
@@ -152,6 +154,7 @@ def gemm(
         a=Matrix.of(a),
         c=Matrix.of(c),
         other=Matrix.of(other),
+        another=Matrix.of(another),
         weight=weight.data.data_ptr(),
         extra_weight=None if extra is None else extra.data.data_ptr(),
         down_weight=None if down is None else down.data.data_ptr(),

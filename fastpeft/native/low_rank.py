@@ -110,7 +110,7 @@ def forward(layer: Layer, low: LowRank | None, a: Tensor, c: Tensor, rows: int, 
     if low is not None:
         u = blocked.empty(rows, low.width)
         options |= low.forward() | {"a2": u}
-    gemm(a, layer.forward, c, rows, bias=layer.bias, **options)
+    gemm(a, layer.forward, c, rows, **{"bias": layer.bias} | options)
     return u
 
 

@@ -12,6 +12,7 @@ import torch
 
 import fastpeft
 from bench.memory import saved_bytes
+from fastpeft.engine.extensions import Bottleneck
 from fastpeft.engine.stack import packs_of
 from fastpeft.native import block, blocked
 from tests.kernels.close import error
@@ -23,11 +24,15 @@ pytestmark = needs_amx
 # Methods that leave a branch nothing but prompts, factors and adapters to train.
 WHOLE = (
     "vpt-deep", "vpt-deep-batch-mask", "vpt-shallow", "vpt-first-two", "prefix-kv", "prefix-hidden", "lora-q-v",
-    "lora-k", "lora-qkv", "lora-all", "serial", "parallel", "parallel-skip", "adapter", "vpt+lora", "prefix+adapter",
-    "vpt-first-two+prefix",
+    "lora-k", "lora-qkv", "lora-all", "serial", "serial-ffn-bias", "serial+parallel", "parallel", "parallel-skip",
+    "adapter", "vpt+lora", "prefix+adapter", "vpt-first-two+prefix",
 )  # fmt: skip
-# Prompts in numbers that are projected as rows of their own.
+# Prompts in numbers that are projected as rows of their own; adapters with biases, filled up, beside factors.
 MANY = {
+    "parallel-bias": fastpeft.ParallelAdapter(40, bias=True, scale=0.5),
+    "parallel-ffn+lora": fastpeft.ParallelAdapter(24, locations="ffn") + fastpeft.LoRA(4, targets=("q", "o")),
+    "parallel+lora": fastpeft.ParallelAdapter(24) + fastpeft.LoRA(4, targets=("q", "fc2")),
+    "serial+lora": fastpeft.SerialAdapter(24, bias=True) + fastpeft.LoRA(4, targets=("o", "fc2")),
     "vpt-many": fastpeft.VPT(40, dropout=0.0),
     "vpt-many-masks": fastpeft.VPT(40, dropout=0.3),
     "vpt-many-shallow": fastpeft.VPT(40, deep=False),
@@ -163,11 +168,12 @@ def test_no_tensor_is_systematically_worse(method, memory):
     assert max(found.values()) <= 1.5, found
 
 
-def test_what_an_adapter_adds_is_as_exact_as_the_composition():
-    """LoRA's contribution alone, adapted minus base: small beside the logits, and lost where weights are merged."""
+@pytest.mark.parametrize("method, last", [("lora-all", ".B"), ("serial", ".up.weight"), ("parallel", ".up.weight")])
+def test_what_an_adapter_adds_is_as_exact_as_the_composition(method, last):
+    """Its contribution alone, adapted minus base: small beside the logits, and lost where weights are merged."""
     ours, plain = 0.0, 0.0
     for seed in range(DRAWS):
-        model = patched(METHODS["lora-all"], seed=seed, scale=0.1).to(BF16)
+        model = patched(METHODS[method], seed=seed, scale=0.1).to(BF16)
         x = images(seed=seed).to(BF16)
         changes = []
         for dtype, backend in ((torch.float64, "reference"), (BF16, "reference"), (BF16, "auto")):
@@ -175,7 +181,7 @@ def test_what_an_adapter_adds_is_as_exact_as_the_composition():
             with torch.no_grad():
                 adapted = twin(x.to(dtype))
                 for name, parameter in twin.named_parameters():
-                    if name.endswith(".B"):
+                    if name.endswith(last):
                         parameter.zero_()
                 changes.append(adapted.double() - twin(x.to(dtype)).double())
         ours, plain = ours + error(changes[2], changes[0]), plain + error(changes[1], changes[0])
@@ -199,6 +205,29 @@ def test_where_branches_are_whole(method, dtype, attention, mlp, calls):
     model = fastpeft.patch(vit(dtype=dtype), METHODS[method]).train()
     step(model, images().to(dtype))
     assert (calls["attention"], calls["mlp"]) == (attention, mlp)
+
+
+@pytest.mark.parametrize(
+    "method, outside",
+    [
+        ("serial", 1),
+        ("serial-ffn-bias", 0),
+        ("adapter", 0),
+        ("parallel", 1),
+        ("parallel-ffn+lora", 0),
+        ("parallel+lora", 6),
+        ("parallel-skip", 3),
+        ("serial+parallel", 12),
+    ],
+)
+def test_which_adapters_run_within_their_branch(method, outside, monkeypatch):
+    """Counts those that do not; the last block's attention has one query and runs by its operators."""
+    seen = []
+    inner = Bottleneck.forward
+    monkeypatch.setattr(Bottleneck, "forward", lambda self, *args: seen.append(self) or inner(self, *args))
+    model = fastpeft.patch(vit(dtype=BF16), (METHODS | MANY)[method]).train()
+    model(images().to(BF16))
+    assert len(seen) == outside
 
 
 def test_reference_means_none(calls):

@@ -80,6 +80,24 @@ def test_residual(rows):
         assert_close(f"{name} to {to}", as_rows(c, rows), plain + other, exact + other.double())
 
 
+@pytest.mark.parametrize("rows", ROWS)
+def test_two_residuals(rows):
+    """As behind an adapter: what the branch gave, in blocks, and the stream."""
+    x, w, bias = draw(rows, 64, 96)
+    exact, plain = reference(x, w, bias)
+    f, stream = torch.randn(rows, 96).to(BF16), torch.randn(rows, 96)
+    for to, o in both_layouts(f).items():
+        for wide in (stream, stream.to(BF16)):
+            c = torch.empty_like(wide)
+            gemm(both_layouts(x)["blocked"], pack(w), c, rows, bias, other=o, another=wide)
+            # The product comes in bf16 whatever the stream: bf16's bound.
+            assert_close(f"{to} {wide.dtype}", c.to(BF16), plain + f + wide, exact + f.double() + wide.double())
+    c = gemm(x, pack(w), outputs(rows, 96)["blocked"], rows, bias, other=f, another=stream.to(BF16))
+    assert_close(
+        "blocked", as_rows(c, rows), plain + f + stream.to(BF16), exact + f.double() + stream.to(BF16).double()
+    )
+
+
 @pytest.mark.parametrize("scale, offset", [(1.0, 0.0), (30.0, 5.0), (1e-3, 0.0)])
 def test_normalised_rows(scale, offset):
     rows, depth, columns = 45, 96, 64

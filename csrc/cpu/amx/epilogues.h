@@ -44,6 +44,11 @@ void finish(const Finished& f, int64_t begin, int64_t end) {
       const Row other = read(g.other, f.row_block, row, f.column_block);
       s.low = _mm512_add_ps(s.low, other.low);
       s.high = _mm512_add_ps(s.high, other.high);
+      if (g.another.data != nullptr) {
+        const Row another = read(g.another, f.row_block, row, f.column_block);
+        s.low = _mm512_add_ps(s.low, another.low);
+        s.high = _mm512_add_ps(s.high, another.high);
+      }
     } else if constexpr (epilogue == kActivate) {
       const Activated low = activate<activation>(s.low), high = activate<activation>(s.high);
       s = {low.value, high.value};

@@ -19,6 +19,7 @@ namespace {
 constexpr int64_t kChunk = 256;        // depth of a panel in the first-level cache: 16 KiB
 constexpr int64_t kShallow = 1024;     // deepest product whose slab of A is held whole
 constexpr int64_t kSlab = 704 * 1024;  // bytes of A (and of sums) that share the second-level cache with a panel
+constexpr int64_t kLight = 256 * 1024;  // bytes of a W that stays there whole, beside A's and C's rows
 
 struct SlabTag;
 struct SumsTag;
@@ -180,6 +181,10 @@ class Drain {
         if (gemm_.epilogue == kResidual) {
           const Row y = read(gemm_.other, first_ + block, r, n);
           x = {_mm512_add_ps(x.low, y.low), _mm512_add_ps(x.high, y.high)};
+          if (gemm_.another.data != nullptr) {
+            const Row z = read(gemm_.another, first_ + block, r, n);
+            x = {_mm512_add_ps(x.low, z.low), _mm512_add_ps(x.high, z.high)};
+          }
         }
         write(gemm_.c, first_ + block, r, n, x);
       }
@@ -231,9 +236,11 @@ void multiply_slab(const Gemm& g, const Slab& slab, int64_t first, int64_t block
   }
 }
 
-// Row blocks of a slab: what fits, in parts as equal as can be.
+// Row blocks of a slab: what fits, in parts as equal as can be. A W that stays in the cache is read again at no cost, and
+// then it is C, and what is added to it, that must not leave before all columns are through.
 int64_t slab_blocks(const Gemm& g, int64_t mine) {
-  const int64_t bytes = g.depth <= kShallow ? kBlock * g.depth * 2 + kSums * 4 : kBlock * g.columns * 4;
+  int64_t bytes = g.depth <= kShallow ? kBlock * g.depth * 2 + kSums * 4 : kBlock * g.columns * 4;
+  if (g.depth <= kShallow && g.columns * g.depth * 2 <= kLight) bytes += kBlock * g.columns * 4;
   const int64_t most = kSlab / bytes < 1 ? 1 : kSlab / bytes;
   return ceil_div(mine, ceil_div(mine, most));
 }

@@ -30,7 +30,7 @@ enum Prologue : int32_t {
 // What becomes of a sum s on its way to C.
 enum Epilogue : int32_t {
   kStore = 0,     // s + bias
-  kResidual = 1,  // s + bias + other
+  kResidual = 1,  // s + bias + other + another
   kActivate = 2,  // act(s + bias)
   kScale = 3,     // s * kept
 };
@@ -41,7 +41,7 @@ enum Kept : int32_t { kNothing = 0, kSlope16 = 1, kSlope8 = 2 };
 struct Gemm {
   int64_t rows, columns, depth;  // columns and depth are multiples of 32
   int64_t extra;                 // depth of A2 W2^T, a multiple of 32 or 0
-  Matrix a, c, other;
+  Matrix a, c, other, another;   // `another` may be missing
   const bf16* weight;       // packed, see pack.cpp
   const bf16* extra_weight;  // packed, columns x extra
   const bf16* down_weight;   // packed, extra x depth: A2 = A down_weight^T + down_bias; or null, and A2 is read

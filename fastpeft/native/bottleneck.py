@@ -1,0 +1,160 @@
+"""A bottleneck adapter within a branch, whose hidden units and gradients stay in blocks.
+
+    serial:    y = x + f + A(f),        parallel:  y = x + f + A(xhat'),
+    A(a) = scale * (act(a W_down^T + b_down) W_up^T + b_up)
+
+f is what the branch's last layer gives, xhat' the LayerNorm of x. A serial adapter reads f where that layer wrote it; a
+parallel one rides along: its hidden units are further steps of depth of the last layer's product, and their gradient of
+that of the first layer's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpeft.native import blocked
+from fastpeft.native.factors import factors
+from fastpeft.native.gemm import Weight, gemm, pack
+from fastpeft.native.packs import Layer
+
+FACTORS = 4
+
+
+class Adapter(NamedTuple):
+    """What is constant of an adapter: "serial" or "parallel", the name of its activation, the factor of its output."""
+
+    mode: str
+    activation: str
+    scale: float
+
+
+class Bottleneck:
+    """An adapter in one step of training.
+
+    Attributes:
+        serial: it stands behind the branch, not beside it.
+        slopes: derivatives of the activation, blocked; there after `hidden` if they were asked for.
+    """
+
+    def __init__(self, adapter: Adapter, factors: Sequence[Tensor | None], first: Layer):
+        """An adapter of W_down (hidden, d), b_down, W_up (out, hidden), b_up; the LayerNorm is in `first`."""
+        self._adapter, self._first = adapter, first
+        self._factors = [None if t is None else t.detach() for t in factors]
+        self._down, self._down_bias, self._up, self._up_bias = self._factors
+        self.serial = adapter.mode == "serial"
+        self._width = blocked.blocks(self._down.shape[0]) * blocked.BLOCK
+
+    @property
+    def _column_scale(self) -> Tensor | None:
+        return None if self.serial else self._first.column_scale
+
+    @property
+    def _shift(self) -> Tensor | None:
+        return None if self.serial else self._first.shift
+
+    def _scales(self, count: int) -> Tensor | None:
+        scale = self._adapter.scale
+        return None if scale == 1.0 else torch.full((count,), scale)
+
+    def hidden(
+        self, a: Tensor, rows: int, keep: bool, statistics: Tensor | None = None, epsilon: float = 0.0
+    ) -> tuple[Tensor, Tensor | None]:
+        """h = act(a W_down^T + b_down), blocked, and the activation's derivative if it is to be kept.
+
+        Args:
+            a: f, or x to be normalised.
+            rows: of a.
+            keep: the derivative is needed.
+            statistics: fp32 (2, rows), written, if a is to be normalised.
+            epsilon: of that.
+        """
+        bias = self._down_bias
+        bias = None if bias is None else bias.float()
+        if self._shift is not None:
+            moved = self._down.float() @ self._shift
+            bias = moved if bias is None else bias + moved
+        if bias is not None:
+            bias = torch.nn.functional.pad(bias, (0, self._width - len(bias)))
+        h = blocked.empty(rows, self._width)
+        slopes = blocked.empty(rows, self._width) if keep else None
+        gemm(
+            a, pack(self._down, self._column_scale), h, rows, bias, activation=self._adapter.activation, kept=slopes,
+            statistics=statistics, epsilon=epsilon,
+        )  # fmt: skip
+        return h, slopes
+
+    def up(self) -> Weight:
+        """Packed for h W_up^T."""
+        return pack(self._up, None, self._scales(self._up.shape[0]))
+
+    def up_bias(self, other: Tensor | None) -> Tensor | None:
+        """scale b_up and another bias."""
+        if self._up_bias is None:
+            return other
+        own = self._up_bias.float() * self._adapter.scale
+        return own if other is None else other + own
+
+    def backward_hidden(self, dy: Tensor, slopes: Tensor, rows: int) -> Tensor:
+        """Gradient of the activation's input, blocked."""
+        weight = pack(self._up.t(), self._scales(self._up.shape[0]))
+        return gemm(dy, weight, blocked.empty(rows, self._width), rows, kept=slopes)
+
+    def backward_input(self) -> Weight:
+        """Packed for dz W_down."""
+        return pack(self._down.t(), None, self._column_scale)
+
+    def gradients(
+        self,
+        a: Tensor,
+        h: Tensor,
+        dy: Tensor,
+        dz: Tensor,
+        rows: int,
+        statistics: Tensor | None,
+        needed: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """Gradients of the four factors.
+
+        Args:
+            a: f, or x.
+            h: blocked.
+            dy: gradient of the branch.
+            dz: blocked, from `backward_hidden`.
+            rows: of all of these.
+            statistics: of x for a parallel adapter.
+            needed: which of them.
+        """
+        scale, hidden = self._adapter.scale, self._down.shape[0]
+        needs_down, needs_down_bias, needs_up, needs_up_bias = needed
+        sums = None
+        if needs_down_bias or (needs_down and self._shift is not None):
+            sums = _column_sums(dz, rows)
+        down = up = up_bias = None
+        if needs_down:
+            down = factors(dz, a, rows, statistics)
+            if self._column_scale is not None:
+                down *= self._column_scale
+            if self._shift is not None:
+                down += sums[:, None] * self._shift
+            down = down[:hidden]
+        if needs_up:
+            up = factors(h, dy, rows)[:hidden].t() * scale
+        if needs_up_bias:
+            up_bias = _column_sums(dy, rows) * scale
+        found = (down, sums[:hidden] if needs_down_bias else None, up, up_bias)
+        return [None if g is None else g.to(t.dtype) for g, t in zip(found, self._factors, strict=True)]
+
+
+def _column_sums(x: Tensor, rows: int) -> Tensor:
+    """Sums over the rows, fp32, each block's of 32 rows first."""
+    if x.dim() == 2:
+        return x.sum(0, dtype=torch.float32)
+    whole = rows // blocked.BLOCK
+    sums = x[:whole].sum((0, 2), dtype=torch.float32)
+    if rows % blocked.BLOCK:
+        sums += x[whole, :, : rows % blocked.BLOCK].sum(1, dtype=torch.float32)
+    return sums.flatten()
