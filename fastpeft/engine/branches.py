@@ -1,8 +1,8 @@
 """Whether a block's branches can run as operators of their own, and what these are told.
 
-A branch is more than its operators one after another where everything in it is frozen but prompts, low-rank factors and
-adapters: LayerNorm and LayerScale then fold into the products, and nothing between the products has to be a tensor that
-anybody else can read.
+A branch is more than its operators one after another where nothing stands between its products that draws random
+numbers, is looked at or is unknown: LayerNorm and LayerScale then fold into the products, and nothing between these has
+to be a tensor that anybody else can read. Most of it is frozen as a rule; what is not is packed anew for every step.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Rows of prompts that are projected like any other rows.
 _FEW = 32
+# Rows for which packing a trained weight anew pays.
+_MANY = 1024
 
 
 def attention_branch(
@@ -44,9 +46,10 @@ def attention_branch(
     spec, wish = run.spec, run.backends["block"]
     if run.attn_drop or not _folds(run, "1", ("q_norm", "k_norm", "attn_norm", "proj_drop")):
         return None
-    qkv = _layers(run, ("qkv",) if spec.fused_qkv else ("q", "k", "v"))
+    norm = child(run.block, spec.inner["norm1"])
+    qkv = _layers(run, ("qkv",) if spec.fused_qkv else ("q", "k", "v"), norm)
     out = _layers(run, ("o",))
-    if qkv is None or out is None:
+    if qkv is None or out is None or not _pays(x, qkv, out):
         return None
     inner = spec.num_heads * spec.head_dim
     widths = (x.shape[-1], inner, out.weights[0].shape[0])
@@ -55,16 +58,16 @@ def attention_branch(
         return None
     # Few rows are not worth a pack of their own; what else is keys and values has them ready.
     rows = None
-    if own is not None and own.shape[:-1].numel() >= _FEW and own.dtype == x.dtype and not (qkv.terms or extra(None)):
+    many = own is not None and own.shape[:-1].numel() >= _FEW and own.dtype == x.dtype
+    if many and not (qkv.terms or qkv.trained or extra(None)):
         rows = own
     keys_values = join([] if rows is not None else extra(own), x.shape[0])
-    norm = child(run.block, spec.inner["norm1"])
-    inside = _Inside(run, "attn", bool(qkv.terms or out.terms))
+    inside = _Inside(run, "attn", bool(qkv.terms or out.terms or qkv.norm_trained))
     with suspended(x.device):
         pack = _packer(run, module)
         plan = module.Attention(
-            pack("qkv", qkv, norm, None),
-            pack("o", out, None, _gamma(run, "1")),
+            pack("qkv", qkv, None),
+            pack("o", out, _gamma(run, "1")),
             (qkv.places(module), out.places(module)),
             spec.num_heads,
             spec.head_dim,
@@ -73,8 +76,9 @@ def attention_branch(
             inside.all,
             run.state.host.memory == "balanced",
             inside.adapter(module),
+            (qkv.hands_over(module), out.hands_over(module)),
         )
-        factors = [*qkv.factors, *out.factors, *inside.factors]
+        factors = [*qkv.factors, *out.factors, *inside.factors, *qkv.handed_over, *out.handed_over]
         y = module.attention_branch(x, rows, *keys_values, plan, factors)
     return y if inside.all else run.around("1", "attn", x, y)
 
@@ -84,28 +88,30 @@ def mlp_branch(run: BlockRun, x: Tensor) -> Tensor | None:
     spec, wish = run.spec, run.backends["block"]
     if spec.opaque_mlp or spec.activation is None or not _folds(run, "2", ("drop1", "mlp_norm", "drop2")):
         return None
-    fc1, fc2 = _layers(run, ("fc1",)), _layers(run, ("fc2",))
-    if fc1 is None or fc2 is None:
+    norm = child(run.block, spec.inner["norm2"])
+    fc1, fc2 = _layers(run, ("fc1",), norm), _layers(run, ("fc2",))
+    if fc1 is None or fc2 is None or not _pays(x, fc1, fc2):
         return None
     widths = (x.shape[-1], fc1.weights[0].shape[0], fc2.weights[0].shape[0])
     module = choose("block", wish, x.device, lambda module: module.reasons(x, widths, None))
     if module is None:
         return None
-    norm = child(run.block, spec.inner["norm2"])
-    inside = _Inside(run, "ffn", bool(fc1.terms or fc2.terms))
+    inside = _Inside(run, "ffn", bool(fc1.terms or fc2.terms or fc1.norm_trained))
     with suspended(x.device):
         pack = _packer(run, module)
         plan = module.Mlp(
-            pack("fc1", fc1, norm, None),
-            pack("fc2", fc2, None, _gamma(run, "2")),
+            pack("fc1", fc1, None),
+            pack("fc2", fc2, _gamma(run, "2")),
             (fc1.places(module), fc2.places(module)),
             spec.activation,
             norm.eps,
             inside.all,
             run.state.host.memory == "balanced",
             inside.adapter(module),
+            (fc1.hands_over(module), fc2.hands_over(module)),
         )
-        y = module.mlp_branch(x, plan, [*fc1.factors, *fc2.factors, *inside.factors])
+        factors = [*fc1.factors, *fc2.factors, *inside.factors, *fc1.handed_over, *fc2.handed_over]
+        y = module.mlp_branch(x, plan, factors)
     return y if inside.all else run.around("2", "ffn", x, y)
 
 
@@ -116,11 +122,11 @@ class _Inside:
         all: nothing is left to be done outside.
     """
 
-    def __init__(self, run: BlockRun, location: str, terms: bool):
+    def __init__(self, run: BlockRun, location: str, occupied: bool):
         here = [adapter for adapter in run.adapters if adapter.acts_on(location)]
         inner = here[0].bottleneck(location) if len(here) == 1 else None
-        # What rides along beside the branch takes the place of low-rank terms.
-        if inner is not None and here[0].mode != "serial" and (terms or inner.skip):
+        # What rides along beside the branch takes the place of low-rank terms, and knows no LayerNorm that is trained.
+        if inner is not None and here[0].mode != "serial" and (occupied or inner.skip):
             inner = None
         self._mode, self._inner = here[0].mode if here else None, inner
         self.all = inner is not None or not here
@@ -138,12 +144,31 @@ class _Inside:
 
 
 class _Layers:
-    """Frozen linear layers side by side, with the terms beside them."""
+    """Linear layers side by side behind a LayerNorm, if there is one, with the terms beside them.
 
-    def __init__(self, layers: Sequence[nn.Linear], terms: Sequence[LowRankTerm]):
+    Attributes:
+        trained: any of their own tensors is.
+        norm_trained: any of the LayerNorm's is.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], norm: nn.Module | None, terms: Sequence[LowRankTerm]):
         self.weights = [layer.weight for layer in layers]
         self.biases = [layer.bias for layer in layers]
+        self.affine = [] if norm is None else [norm.weight, norm.bias]
         self.terms = terms
+        self.norm_trained = any(map(_trained, self.affine))
+        self.trained = self.norm_trained or any(map(_trained, (*self.weights, *self.biases)))
+
+    @property
+    def handed_over(self) -> list[Tensor | None]:
+        """All tensors, if any of them is trained."""
+        return [*self.weights, *self.biases, *self.affine] if self.trained else []
+
+    def hands_over(self, module: ModuleType) -> object | None:
+        """What these are."""
+        if not self.trained:
+            return None
+        return module.Trained(tuple(weight.shape[0] for weight in self.weights), bool(self.affine))
 
     @property
     def factors(self) -> list[Tensor]:
@@ -153,15 +178,15 @@ class _Layers:
         return tuple(module.Place(term.start, term.stop, term.scale) for term in self.terms)
 
 
-def _layers(run: BlockRun, roles: tuple[str, ...]) -> _Layers | None:
-    """The layers of these roles, if they are frozen and what is beside them is nothing but factors."""
+def _layers(run: BlockRun, roles: tuple[str, ...], norm: nn.Module | None = None) -> _Layers | None:
+    """The layers of these roles, if they are plain and what is beside them is nothing but factors."""
     layers, terms, start = [], [], 0
     for role in roles:
         found = read(child(run.block, run.spec.roles[role].path))
         if found is None:
             return None
         layer, own = found
-        if not all(_frozen(t) for t in (layer.weight, layer.bias)):
+        if not all(map(_plain, (layer.weight, layer.bias))):
             return None
         added = run.terms("qkv", "q", "k", "v") if role == "qkv" else run.terms(role)
         terms += [term._replace(start=term.start + start, stop=term.stop + start) for term in (*own, *added)]
@@ -171,21 +196,30 @@ def _layers(run: BlockRun, roles: tuple[str, ...]) -> _Layers | None:
         return None
     if len({layer.bias is None for layer in layers}) > 1:
         return None
-    return _Layers(layers, terms)
+    found = _Layers(layers, norm, terms)
+    # The gradient of a LayerNorm that factors read through as well is the composition's.
+    return None if terms and found.norm_trained else found
 
 
-def _frozen(t: Tensor | None) -> bool:
-    """Whether a tensor is a parameter of the model's own that nobody trains.
+def _trained(t: Tensor | None) -> bool:
+    return t is not None and t.requires_grad
+
+
+def _plain(t: Tensor | None) -> bool:
+    """Whether a tensor is a parameter of the model's own.
 
     Sharded training puts other things in its place, whose memory comes and goes: nothing may be packed from them.
     """
-    if t is None:
-        return True
-    return type(t) is nn.Parameter and not t.requires_grad and t.numel() > 0 and not hasattr(t, "ds_id")
+    return t is None or (type(t) is nn.Parameter and t.numel() > 0 and not hasattr(t, "ds_id"))
+
+
+def _pays(x: Tensor, *layers: _Layers) -> bool:
+    """Whether there are rows enough for weights that are packed for this step alone."""
+    return x.shape[0] * x.shape[1] >= _MANY or not any(_trained(w) for each in layers for w in each.weights)
 
 
 def _folds(run: BlockRun, index: str, idle: tuple[str, ...]) -> bool:
-    """Whether a branch is LayerNorm, products and LayerScale, frozen, and nobody looks."""
+    """Whether a branch is LayerNorm, products and a frozen LayerScale, and nobody looks."""
     spec = run.spec
     if run.hooked or is_reference("block", run.backends["block"]) or torch.compiler.is_compiling():
         return False
@@ -197,7 +231,8 @@ def _folds(run: BlockRun, index: str, idle: tuple[str, ...]) -> bool:
     scale = f"scale{index}"
     if scale not in spec.layer_scales and not run.idle(scale):
         return False
-    return all(_frozen(t) for t in (norm.weight, norm.bias, _gamma(run, index)))
+    gamma = _gamma(run, index)
+    return all(map(_plain, (norm.weight, norm.bias, gamma))) and not _trained(gamma)
 
 
 def _gamma(run: BlockRun, index: str) -> Tensor | None:
@@ -210,8 +245,8 @@ def _packer(run: BlockRun, module: ModuleType):
     if run.state.packs is None:
         run.state.packs = module.Packs()
 
-    def pack(name: str, layers: _Layers, norm: nn.Module | None, gamma: Tensor | None):
-        affine = (None, None) if norm is None else (norm.weight, norm.bias)
+    def pack(name: str, layers: _Layers, gamma: Tensor | None):
+        affine = tuple(layers.affine) or (None, None)
         return run.state.packs.layer(name, layers.weights, layers.biases, affine, gamma)
 
     return pack

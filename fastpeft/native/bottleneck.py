@@ -19,7 +19,8 @@ from torch import Tensor
 from fastpeft.native import blocked
 from fastpeft.native.factors import factors
 from fastpeft.native.gemm import Weight, gemm, pack
-from fastpeft.native.packs import Layer
+from fastpeft.native.operand import column_sums
+from fastpeft.native.packs import Layer, Live
 
 FACTORS = 4
 
@@ -40,7 +41,7 @@ class Bottleneck:
         slopes: derivatives of the activation, blocked; there after `hidden` if they were asked for.
     """
 
-    def __init__(self, adapter: Adapter, factors: Sequence[Tensor | None], first: Layer):
+    def __init__(self, adapter: Adapter, factors: Sequence[Tensor | None], first: Layer | Live):
         """An adapter of W_down (hidden, d), b_down, W_up (out, hidden), b_up; the LayerNorm is in `first`."""
         self._adapter, self._first = adapter, first
         self._factors = [None if t is None else t.detach() for t in factors]
@@ -91,12 +92,9 @@ class Bottleneck:
         """Packed for h W_up^T."""
         return pack(self._up, None, self._scales(self._up.shape[0]))
 
-    def up_bias(self, other: Tensor | None) -> Tensor | None:
-        """scale b_up and another bias."""
-        if self._up_bias is None:
-            return other
-        own = self._up_bias.float() * self._adapter.scale
-        return own if other is None else other + own
+    def up_bias(self) -> Tensor | None:
+        """scale * b_up."""
+        return None if self._up_bias is None else self._up_bias.float() * self._adapter.scale
 
     def backward_hidden(self, dy: Tensor, slopes: Tensor, rows: int) -> Tensor:
         """Gradient of the activation's input, blocked."""
@@ -132,7 +130,7 @@ class Bottleneck:
         needs_down, needs_down_bias, needs_up, needs_up_bias = needed
         sums = None
         if needs_down_bias or (needs_down and self._shift is not None):
-            sums = _column_sums(dz, rows)
+            sums = column_sums(dz, rows)
         down = up = up_bias = None
         if needs_down:
             down = factors(dz, a, rows, statistics)
@@ -144,17 +142,6 @@ class Bottleneck:
         if needs_up:
             up = factors(h, dy, rows)[:hidden].t() * scale
         if needs_up_bias:
-            up_bias = _column_sums(dy, rows) * scale
+            up_bias = column_sums(dy, rows) * scale
         found = (down, sums[:hidden] if needs_down_bias else None, up, up_bias)
         return [None if g is None else g.to(t.dtype) for g, t in zip(found, self._factors, strict=True)]
-
-
-def _column_sums(x: Tensor, rows: int) -> Tensor:
-    """Sums over the rows, fp32, each block's of 32 rows first."""
-    if x.dim() == 2:
-        return x.sum(0, dtype=torch.float32)
-    whole = rows // blocked.BLOCK
-    sums = x[:whole].sum((0, 2), dtype=torch.float32)
-    if rows % blocked.BLOCK:
-        sums += x[whole, :, : rows % blocked.BLOCK].sum(1, dtype=torch.float32)
-    return sums.flatten()

@@ -20,10 +20,11 @@ from fastpeft.native import blocked, low_rank
 from fastpeft.native.attention import Heads, Shape, attention_backward, attention_forward
 from fastpeft.native.bottleneck import FACTORS, Adapter, Bottleneck
 from fastpeft.native.gemm import gemm
-from fastpeft.native.layer_norm import layer_norm_backward
+from fastpeft.native.layer_norm import affine_layer_norm_backward, layer_norm_backward
 from fastpeft.native.low_rank import LowRank, Place
 from fastpeft.native.memory import pool
-from fastpeft.native.packs import Layer
+from fastpeft.native.packs import Layer, Live
+from fastpeft.native.trained import Trained, gradients
 from fastpeft.ops.autocast import without_autocast
 
 
@@ -41,10 +42,12 @@ class Attention:
         balanced: keep less, compute again.
         adapter: behind or beside the branch, which then has a residual; a parallel one not with low-rank terms of the
             same layers.
+        trained: what each of the two layers hands over to be trained, with its LayerNorm's tensors, or None. Neither
+            low-rank terms nor a parallel adapter stand beside a LayerNorm that is trained.
     """
 
-    qkv: Layer
-    out: Layer
+    qkv: Layer | Live
+    out: Layer | Live
     places: tuple[tuple[Place, ...], tuple[Place, ...]]
     num_heads: int
     head_dim: int
@@ -53,20 +56,22 @@ class Attention:
     residual: bool
     balanced: bool
     adapter: Adapter | None = None
+    trained: tuple[Trained | None, Trained | None] = (None, None)
 
 
 @dataclass(frozen=True)
 class Mlp:
     """A block's MLP branch; attributes as of `Attention`."""
 
-    fc1: Layer
-    fc2: Layer
+    fc1: Layer | Live
+    fc2: Layer | Live
     places: tuple[tuple[Place, ...], tuple[Place, ...]]
     activation: str
     epsilon: float
     residual: bool
     balanced: bool
     adapter: Adapter | None = None
+    trained: tuple[Trained | None, Trained | None] = (None, None)
 
 
 def attention_branch(
@@ -82,12 +87,13 @@ def attention_branch(
     Args:
         x: (B, N, d), bf16, or fp32 for a residual stream in fp32.
         prompts: rows like x's that are keys and values only, (p, d) shared by the batch or (B, p, d), or None; not
-            beside low-rank terms of the fused projection.
+            beside low-rank terms of the fused projection, nor where that is trained.
         prompt_k: the same as keys: (H, p, D), (B, H, p, D), or None; rows of D without gaps.
         prompt_v: like prompt_k.
         plan: everything that is frozen.
         factors: A (r, in) and B (out, r) of every low-rank term, in the order of the plan's places; then the adapter's
-            W_down (hidden, d), b_down (hidden,) or None, W_up (out, hidden), b_up (out,) or None.
+            W_down (hidden, d), b_down (hidden,) or None, W_up (out, hidden), b_up (out,) or None; then what the layers
+            hand over.
 
     Returns:
         (B, N, out), of x's dtype.
@@ -122,23 +128,76 @@ def _pairs(factors: Sequence) -> list[tuple]:
     return list(zip(factors[::2], factors[1::2], strict=True))
 
 
-def _parts(plan: Attention | Mlp, of_factors: Sequence) -> tuple[list[tuple], list[tuple], Sequence]:
-    """What belongs to the pairs of factors of the first layer, of the second, and to the adapter."""
-    pairs = _pairs(of_factors if plan.adapter is None else of_factors[:-FACTORS])
-    count = len(plan.places[0])
-    return pairs[:count], pairs[count:], () if plan.adapter is None else of_factors[-FACTORS:]
+class _Parts(NamedTuple):
+    """What belongs to what, of the tensors besides x and the prompts, or of anything that there is one of for each.
+
+    Attributes:
+        pairs: for the factors of the first and of the second layer, in pairs.
+        adapter: for the adapter's four, or nothing.
+        trained: for what the first and the second layer hand over, or nothing.
+    """
+
+    pairs: tuple[list[tuple], list[tuple]]
+    adapter: Sequence
+    trained: tuple[Sequence, Sequence]
+
+
+def _parts(plan: Attention | Mlp, all_of: Sequence) -> _Parts:
+    first, second = (0 if t is None else t.count for t in plan.trained)
+    end = len(all_of) - first - second
+    adapter = FACTORS if plan.adapter else 0
+    pairs, count = _pairs(all_of[: end - adapter]), len(plan.places[0])
+    trained = all_of[end : end + first], all_of[end + first :]
+    return _Parts((pairs[:count], pairs[count:]), all_of[end - adapter : end], trained)
 
 
 def _beside(
-    plan: Attention | Mlp, layers: tuple[Layer, Layer], factors: Sequence[Tensor | None]
+    plan: Attention | Mlp, layers: tuple[Layer | Live, Layer | Live], parts: _Parts
 ) -> tuple[LowRank | None, LowRank | None, Bottleneck | None]:
     """The terms of both layers, and the adapter."""
-    *pairs, rest = _parts(plan, factors)
     lows = (
         LowRank(layer, own, places) if own else None
-        for layer, own, places in zip(layers, pairs, plan.places, strict=True)
+        for layer, own, places in zip(layers, parts.pairs, plan.places, strict=True)
     )
-    return (*lows, Bottleneck(plan.adapter, rest, layers[0]) if rest else None)
+    return (*lows, Bottleneck(plan.adapter, parts.adapter, layers[0]) if parts.adapter else None)
+
+
+def _weights(trained: Trained | None, needed: Sequence[bool]) -> bool:
+    """Whether a layer's weights are trained, whose gradients need what it read."""
+    return trained is not None and any(needed[: len(trained.sizes)])
+
+
+def _own_gradients(
+    plan: Attention | Mlp,
+    index: int,
+    layer: Layer | Live,
+    tensors: _Parts,
+    needs: _Parts,
+    dy: Tensor | None,
+    a: Tensor | None,
+    rows: int,
+    statistics: Tensor | None = None,
+    norm: Tensor | None = None,
+) -> list[Tensor | None]:
+    """Gradients of what a layer hands over; arguments as of `gradients`."""
+    trained = plan.trained[index]
+    if trained is None:
+        return []
+    if dy is None:
+        return [None] * trained.count
+    own = tensors.trained[index], needs.trained[index]
+    return gradients(layer, trained, *own, dy, a, rows, statistics, norm)
+
+
+def _norm_backward(
+    layer: Layer | Live, gradient: Tensor, x: Tensor, statistics: Tensor, dsum: Tensor | None, needs_x: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradient of a LayerNorm's input with the sum's, and those of its weight and bias where they are trained."""
+    dx = pool.empty(*x.shape, dtype=x.dtype) if needs_x else None
+    if not layer.norm_trained:
+        return layer_norm_backward(gradient, x, statistics, dsum, dx), None
+    weight = torch.ones(x.shape[1]) if layer.column_scale is None else layer.column_scale
+    return dx, affine_layer_norm_backward(gradient, x, statistics, weight, dsum, dx)
 
 
 class _Kept(NamedTuple):
@@ -168,10 +227,10 @@ def _last(
         f = blocked.empty(rows, width)
         u = low_rank.forward(layer, low, a, f, rows)
         h, slopes = bottleneck.hidden(f, rows, keep)
-        gemm(h, bottleneck.up(), y, rows, bottleneck.up_bias(None), other=f, another=x)
+        gemm(h, bottleneck.up(), y, rows, bottleneck.up_bias(), other=f, another=x)
         return y, u, _Kept(h, slopes, f)
     h, slopes = bottleneck.hidden(x, rows, keep, torch.empty(2, rows), plan.epsilon)
-    beside = {"a2": h, "extra": bottleneck.up(), "bias": bottleneck.up_bias(layer.bias)}
+    beside = {"a2": h, "extra": bottleneck.up(), "bias": bottleneck.up_bias()}
     return y, low_rank.forward(layer, None, a, y, rows, other=other, **beside), _Kept(h, slopes)
 
 
@@ -246,7 +305,7 @@ class _AttentionBranch(torch.autograd.Function):
         batch, tokens, width = x.shape
         rows, inner = batch * tokens, plan.num_heads * plan.head_dim
         flat = x.contiguous().view(rows, width)
-        *lows, bottleneck = _beside(plan, (plan.qkv, plan.out), factors)
+        *lows, bottleneck = _beside(plan, (plan.qkv, plan.out), _parts(plan, factors))
         needed = any(ctx.needs_input_grad)
         statistics = torch.empty(2, rows)
         qkv = blocked.empty(rows, 3 * inner)
@@ -258,8 +317,9 @@ class _AttentionBranch(torch.autograd.Function):
         y, u_out, beside = _last(plan, plan.out, lows[1], bottleneck, attended, flat, needed)
         if needed:
             kept = None if plan.balanced else qkv
-            # Attention's own backward pass does not look at what it gave, the gradients of factors behind it do.
-            given = None if lows[1] is None else attended
+            # Attention's own backward pass does not look at what it gave, the gradients of weights behind it do.
+            reads = lows[1] is not None or _weights(plan.trained[1], _parts(plan, ctx.needs_input_grad[5:]).trained[1])
+            given = attended if reads else None
             ctx.save_for_backward(flat, statistics, kept, given, lse, prompt_k, prompt_v, u, u_out, *beside, *factors)
             ctx.plan, ctx.packed, ctx.batch, ctx.tokens = plan, packed, batch, tokens
         return y.view(batch, tokens, -1)
@@ -273,41 +333,42 @@ class _AttentionBranch(torch.autograd.Function):
         plan, batch, tokens = ctx.plan, ctx.batch, ctx.tokens
         rows, inner = x.shape[0], plan.num_heads * plan.head_dim
         needs_x, needs_pk, needs_pv, _, _, *needs_factors = ctx.needs_input_grad
-        *needs, needs_adapter = _parts(plan, needs_factors)
-        *lows, bottleneck = _beside(plan, (plan.qkv, plan.out), factors)
+        needs, tensors = _parts(plan, needs_factors), _parts(plan, factors)
+        *lows, bottleneck = _beside(plan, (plan.qkv, plan.out), tensors)
         flat = dy.contiguous().view(rows, -1)
 
-        before = needs_x or needs_pk or needs_pv or bool(needs[0])
-        df, riding, dfactors = _last_backward(
-            bottleneck, beside, flat, x, statistics, before or bool(needs[1]), needs_adapter
-        )
+        tokens_too = needs_x or bool(needs.pairs[0]) or any(needs.trained[0])
+        before = tokens_too or needs_pk or needs_pv
+        behind = before or bool(needs.pairs[1]) or any(needs.trained[1])
+        df, riding, dadapter = _last_backward(bottleneck, beside, flat, x, statistics, behind, needs.adapter)
         dattended = blocked.empty(rows, inner) if before else None
         du = None if df is None else low_rank.backward(plan.out, lows[1], df, dattended, rows)
-        if du is not None:
-            dfactors = lows[1].gradients(attended, u_out, df, du, rows, None, needs[1]) + dfactors
+        dsecond = [] if du is None else lows[1].gradients(attended, u_out, df, du, rows, None, needs.pairs[1])
+        last = _own_gradients(plan, 1, plan.out, tensors, needs, df, attended, rows)
         if not before:
-            return None, None, None, None, None, *dfactors
+            nothing = [None] * len(tensors.trained[0])
+            return None, None, None, None, None, *dsecond, *dadapter, *nothing, *last
 
         if qkv is None:
             qkv = blocked.empty(rows, 3 * inner)
             low_rank.forward(plan.qkv, lows[0], x, qkv, rows, statistics=statistics, epsilon=plan.epsilon)
-        tokens_too = needs_x or bool(needs[0])
         dqkv = blocked.empty(rows, 3 * inner) if tokens_too else None
         dpk, dpv = _attend_backward(
             ctx, qkv, prompt_k, prompt_v, lse, Heads.blocked(dattended, tokens), dqkv, (needs_pk, needs_pv)
         )
-        dx = None
+        dx, dfirst, first = None, [], [None] * len(tensors.trained[0])
         if tokens_too:
-            dxhat = blocked.empty(rows, x.shape[1]) if needs_x else None
+            normed = needs_x or (plan.qkv.norm_trained and any(needs.trained[0][-2:]))
+            dxhat = blocked.empty(rows, x.shape[1]) if normed else None
             du = low_rank.backward(plan.qkv, lows[0], dqkv, dxhat, rows, **riding)
             if du is not None:
-                dfactors = lows[0].gradients(x, u, dqkv, du, rows, statistics, needs[0]) + dfactors
-            if needs_x:
-                dx = layer_norm_backward(
-                    dxhat, x, statistics, flat if plan.residual else None, pool.empty(*x.shape, dtype=x.dtype)
-                )
-                dx = dx.view(batch, tokens, -1)
-        return dx, dpk, dpv, None, None, *dfactors
+                dfirst = lows[0].gradients(x, u, dqkv, du, rows, statistics, needs.pairs[0])
+            dnorm = None
+            if normed:
+                dx, dnorm = _norm_backward(plan.qkv, dxhat, x, statistics, flat if plan.residual else None, needs_x)
+                dx = None if dx is None else dx.view(batch, tokens, -1)
+            first = _own_gradients(plan, 0, plan.qkv, tensors, needs, dqkv, x, rows, statistics, dnorm)
+        return dx, dpk, dpv, None, None, *dfirst, *dsecond, *dadapter, *first, *last
 
 
 def _heads(plan: Attention, packed: Tensor, tokens: int) -> list[Heads]:
@@ -370,18 +431,19 @@ class _MlpBranch(torch.autograd.Function):
     def forward(ctx, x: Tensor, plan: Mlp, *factors: Tensor):
         flat = x.contiguous().view(-1, x.shape[-1])
         rows, hidden = flat.shape[0], plan.fc1.weight.shape[0]
-        *lows, bottleneck = _beside(plan, (plan.fc1, plan.fc2), factors)
-        needed = any(ctx.needs_input_grad)
+        *lows, bottleneck = _beside(plan, (plan.fc1, plan.fc2), _parts(plan, factors))
+        needed, needs = any(ctx.needs_input_grad), _parts(plan, ctx.needs_input_grad[2:])
         statistics = torch.empty(2, rows)
         kept = None
-        if ctx.needs_input_grad[0] or (lows[0] is not None and needed):
+        if ctx.needs_input_grad[0] or (lows[0] is not None and needed) or any(needs.trained[0]):
             kept = blocked.empty(rows, hidden, torch.uint8 if plan.balanced else torch.bfloat16)
         a = blocked.empty(rows, hidden)
         options = {"statistics": statistics, "epsilon": plan.epsilon, "activation": plan.activation, "kept": kept}
         u1 = low_rank.forward(plan.fc1, lows[0], flat, a, rows, **options)
         y, u2, beside = _last(plan, plan.fc2, lows[1], bottleneck, a, flat, needed)
         if needed:
-            ctx.save_for_backward(flat, statistics, kept, None if lows[1] is None else a, u1, u2, *beside, *factors)
+            given = a if lows[1] is not None or _weights(plan.trained[1], needs.trained[1]) else None
+            ctx.save_for_backward(flat, statistics, kept, given, u1, u2, *beside, *factors)
             ctx.plan, ctx.shape = plan, x.shape
         return y.view(*x.shape[:-1], -1)
 
@@ -393,29 +455,29 @@ class _MlpBranch(torch.autograd.Function):
         beside, factors = _Kept(*rest[:3]), rest[3:]
         plan, rows = ctx.plan, x.shape[0]
         needs_x, _, *needs_factors = ctx.needs_input_grad
-        *needs, needs_adapter = _parts(plan, needs_factors)
-        *lows, bottleneck = _beside(plan, (plan.fc1, plan.fc2), factors)
+        needs, tensors = _parts(plan, needs_factors), _parts(plan, factors)
+        *lows, bottleneck = _beside(plan, (plan.fc1, plan.fc2), tensors)
         flat = dy.contiguous().view(rows, -1)
 
-        before = needs_x or bool(needs[0])
-        df, riding, dfactors = _last_backward(
-            bottleneck, beside, flat, x, statistics, before or bool(needs[1]), needs_adapter
-        )
+        before = needs_x or bool(needs.pairs[0]) or any(needs.trained[0])
+        behind = before or bool(needs.pairs[1]) or any(needs.trained[1])
+        df, riding, dadapter = _last_backward(bottleneck, beside, flat, x, statistics, behind, needs.adapter)
         dz = blocked.empty(rows, plan.fc1.weight.shape[0]) if before else None
         du = None
         if df is not None:
             du = low_rank.backward(plan.fc2, lows[1], df, dz, rows, **({"kept": kept} if before else {}))
-        if du is not None:
-            dfactors = lows[1].gradients(a, u2, df, du, rows, None, needs[1]) + dfactors
-        dx = None
+        dsecond = [] if du is None else lows[1].gradients(a, u2, df, du, rows, None, needs.pairs[1])
+        last = _own_gradients(plan, 1, plan.fc2, tensors, needs, df, a, rows)
+        dx, dfirst, first = None, [], [None] * len(tensors.trained[0])
         if before:
-            dxhat = blocked.empty(rows, x.shape[1]) if needs_x else None
+            normed = needs_x or (plan.fc1.norm_trained and any(needs.trained[0][-2:]))
+            dxhat = blocked.empty(rows, x.shape[1]) if normed else None
             du = low_rank.backward(plan.fc1, lows[0], dz, dxhat, rows, **riding)
             if du is not None:
-                dfactors = lows[0].gradients(x, u1, dz, du, rows, statistics, needs[0]) + dfactors
-            if needs_x:
-                dx = layer_norm_backward(
-                    dxhat, x, statistics, flat if plan.residual else None, pool.empty(*x.shape, dtype=x.dtype)
-                )
-                dx = dx.view(ctx.shape)
-        return dx, None, *dfactors
+                dfirst = lows[0].gradients(x, u1, dz, du, rows, statistics, needs.pairs[0])
+            dnorm = None
+            if normed:
+                dx, dnorm = _norm_backward(plan.fc1, dxhat, x, statistics, flat if plan.residual else None, needs_x)
+                dx = None if dx is None else dx.view(ctx.shape)
+            first = _own_gradients(plan, 0, plan.fc1, tensors, needs, dz, x, rows, statistics, dnorm)
+        return dx, None, *dfirst, *dsecond, *dadapter, *first, *last

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastpeft.native import blocked
 from fastpeft.native.factors import factors
 from fastpeft.native.gemm import Weight, gemm, pack
-from fastpeft.native.packs import Layer
+from fastpeft.native.packs import Layer, Live
 
 
 class Place(NamedTuple):
@@ -35,7 +35,7 @@ class LowRank:
         width: columns of u = A (...), a multiple of 32.
     """
 
-    def __init__(self, layer: Layer, terms: Sequence[tuple[Tensor, Tensor]], places: Sequence[Place]):
+    def __init__(self, layer: Layer | Live, terms: Sequence[tuple[Tensor, Tensor]], places: Sequence[Place]):
         self._layer, self._terms, self._places = layer, terms, places
         self.width = blocked.blocks(sum(a.shape[0] for a, _ in terms)) * blocked.BLOCK
         self._a = torch.zeros(self.width, layer.weight.shape[1])
@@ -104,17 +104,24 @@ class LowRank:
         return found
 
 
-def forward(layer: Layer, low: LowRank | None, a: Tensor, c: Tensor, rows: int, **options) -> Tensor | None:
-    """c = epilogue(layer(a)) with its terms; returns u, blocked, or None without terms. Options as of `gemm`."""
+def forward(
+    layer: Layer | Live, low: LowRank | None, a: Tensor, c: Tensor, rows: int, bias: Tensor | None = None, **options
+) -> Tensor | None:
+    """c = epilogue(layer(a) + bias) with its terms; returns u, blocked, or None without terms. Options as of `gemm`."""
     u = None
     if low is not None:
         u = blocked.empty(rows, low.width)
         options |= low.forward() | {"a2": u}
-    gemm(a, layer.forward, c, rows, **{"bias": layer.bias} | options)
+    weight, own = layer.make()
+    if bias is not None:
+        own = bias if own is None else own + bias
+    gemm(a, weight, c, rows, own, **options)
     return u
 
 
-def backward(layer: Layer, low: LowRank | None, dy: Tensor, dx: Tensor | None, rows: int, **options) -> Tensor | None:
+def backward(
+    layer: Layer | Live, low: LowRank | None, dy: Tensor, dx: Tensor | None, rows: int, **options
+) -> Tensor | None:
     """dx = the gradient of the layer's input (no less if dx is None); returns du, blocked, or None without terms."""
     extra = None if low is None else low.backward()
     du = None if low is None else blocked.empty(rows, low.width)

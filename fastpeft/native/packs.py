@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fastpeft.native.blocked import BLOCK
 from fastpeft.native.gemm import Weight, pack
+from fastpeft.native.operand import weight_backward, weight_forward
 
 _SAMPLES = 16
 
@@ -41,8 +43,13 @@ class Layer:
     row_scale: Tensor | None
     forward: Weight
     bias: Tensor | None
+    norm_trained: ClassVar[bool] = False
     _backward: Weight | None = None
     _tails: dict[int, Weight] = field(default_factory=dict)
+
+    def make(self) -> tuple[Weight, Tensor | None]:
+        """Packed for xhat W'^T, and the bias."""
+        return self.forward, self.bias
 
     @property
     def backward(self) -> Weight:
@@ -83,6 +90,42 @@ def _layer(
     return Layer(weight, column_scale, shift, row_scale, forward, None if total is None else total.contiguous())
 
 
+class Live:
+    """A layer some of whose tensors are trained: as `Layer`, but what is packed is made when it is asked for, from what
+    the tensors hold then, and kept by nobody.
+
+    Attributes:
+        norm_trained: the LayerNorm's weight or bias is; `backward` then leaves the weight out, and the gradient is
+            that of LayerNorm's output.
+    """
+
+    def __init__(
+        self,
+        weights: list[Tensor],
+        biases: list[Tensor | None],
+        norm: tuple[Tensor | None, ...],
+        gamma: Tensor | None,
+        norm_trained: bool,
+    ):
+        self.weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self.column_scale, self.shift = (None if t is None else t.float().contiguous() for t in norm)
+        self.row_scale = None if gamma is None else gamma.float().contiguous()
+        self._bias = None if biases[0] is None else torch.cat([bias.float() for bias in biases])
+        self.norm_trained = norm_trained
+
+    def make(self) -> tuple[Weight, Tensor | None]:
+        """Packed for xhat W'^T, and the bias."""
+        forward, bias = weight_forward(self.weight, self.column_scale, self.row_scale, self.shift)
+        if self._bias is not None:
+            bias = self._bias if bias is None else bias + self._bias
+        return forward, bias if bias is None or self.row_scale is None else bias * self.row_scale
+
+    @property
+    def backward(self) -> Weight:
+        """Packed for dy W'."""
+        return weight_backward(self.weight, None if self.norm_trained else self.column_scale, self.row_scale)
+
+
 class Packs:
     """The packs of a block. They are not copied with it, nor saved."""
 
@@ -103,8 +146,10 @@ class Packs:
         biases: Sequence[Tensor | None],
         norm: tuple[Tensor | None, Tensor | None],
         gamma: Tensor | None,
-    ) -> Layer:
+    ) -> Layer | Live:
         """The layer of this name, packed anew if any of its tensors is another one than before or was changed.
+
+        One with tensors that are trained is never kept: not every optimizer leaves a trace where it changes them.
 
         Args:
             name: of the layer in its block.
@@ -114,6 +159,12 @@ class Packs:
             gamma: (out,), LayerScale behind it, or None.
         """
         tensors = (*weights, *biases, *norm, gamma)
+        if any(t is not None and t.requires_grad for t in tensors):
+            self._layers.pop(name, None)
+            plain = tuple(None if t is None else t.detach() for t in norm)
+            rest = [[None if t is None else t.detach() for t in each] for each in (weights, biases)]
+            trained = any(t is not None and t.requires_grad for t in norm)
+            return Live(*rest, plain, None if gamma is None else gamma.detach(), trained)
         key = tuple(None if t is None else (t.data_ptr(), t._version, t.dtype) for t in tensors)
         found = self._layers.get(name)
         if found is not None and found[0] == key:

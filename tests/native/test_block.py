@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import re
 import threading
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 import fastpeft
 from bench.memory import saved_bytes
+from fastpeft.engine import branches
 from fastpeft.engine.extensions import Bottleneck
 from fastpeft.engine.stack import packs_of
 from fastpeft.native import block, blocked
@@ -38,6 +40,15 @@ MANY = {
     "vpt-many-shallow": fastpeft.VPT(40, deep=False),
     "vpt-many+prefix": fastpeft.VPT(40, dropout=0.0) + fastpeft.PrefixTuning(3),
 }
+# Methods that train tensors of the branches' own.
+OWN = {
+    "full-many": fastpeft.VPT(40, dropout=0.0) + fastpeft.Full(),
+    "serial+bitfit": fastpeft.SerialAdapter(24) + fastpeft.BitFit(),
+    "parallel+bitfit": fastpeft.ParallelAdapter(24) + fastpeft.BitFit(),
+}
+TRAINED = ("full", "bitfit", "partial-2", "vpt+bitfit", "vpt+full", "lora+partial", *OWN)
+# Parts of a model that are trained alone, by patterns of their names.
+PARTS = ("weight", r"norm\d\.", r"norm1\.bias", r"norm2\.weight", "qkv", "proj", r"fc1\.weight", r"fc2\.bias", "fc2")
 VARIANTS = ("class_token", "no_class_token", "registers", "layer_scale", "no_biases", "distilled", "oblong")
 DRAWS = 6  # of what is compared in sums
 ROUNDING = 2.0**-8
@@ -68,9 +79,18 @@ def step(model, x):
     return {"logits": logits.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def steps(method, variant, seed, memory="fast"):
+@pytest.fixture
+def any_rows(monkeypatch):
+    """Weights that are trained are packed for few rows as well."""
+    monkeypatch.setattr(branches, "_MANY", 1)
+
+
+def steps(method, variant, seed, memory="fast", part=None):
     """A step in float64, in bf16 by the composition, and in bf16 by whole branches."""
-    model = patched((METHODS | MANY)[method], variant, seed=seed)
+    model = patched((METHODS | MANY | OWN)[method], variant, seed=seed)
+    if part is not None:
+        for name, parameter in model.blocks.named_parameters():
+            parameter.requires_grad_(re.search(part, name) is not None)
     # Weights that bf16 can hold, so that all three start from the same.
     model.to(BF16)
     found = []
@@ -97,7 +117,58 @@ def test_a_step_of_other_models(method, variant, calls):
     assert calls["attention"] and calls["mlp"]
 
 
-def ratios(method, variant, memory, draws):
+@pytest.mark.parametrize("memory", ("fast", "balanced", "small"))
+@pytest.mark.parametrize("method", TRAINED)
+def test_a_step_that_trains_the_branches_own_tensors(method, memory, calls, any_rows):
+    check(method, "class_token", memory)
+    assert calls["attention"] and calls["mlp"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("method", ("full", "bitfit"))
+def test_a_step_that_trains_other_models_tensors(method, variant, calls, any_rows):
+    check(method, variant, "fast")
+    # A LayerScale that is trained is not folded.
+    whole = method == "bitfit" or variant != "layer_scale"
+    assert bool(calls["attention"]) == bool(calls["mlp"]) == whole
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_any_part_of_a_branch_may_be_trained(part, calls, any_rows):
+    check("full", "class_token", "fast", part)
+    assert calls["attention"] and calls["mlp"]
+
+
+@pytest.mark.parametrize("batch, whole", [(60, False), (61, True)])
+def test_weights_are_packed_for_a_step_of_many_rows(batch, whole, calls):
+    """1020 or 1037 rows."""
+    model = fastpeft.patch(vit(dtype=BF16), METHODS["full"]).train()
+    model(images(batch=batch).to(BF16))
+    assert bool(calls["mlp"]) == whole
+
+
+def test_what_changes_without_a_trace_is_seen(any_rows):
+    """Between two steps, as some optimizers do."""
+    model = fastpeft.patch(vit(dtype=BF16), METHODS["full"]).train()
+    x = images().to(BF16)
+    step(model, x)
+    for parameter in model.parameters():
+        parameter.data.mul_(1.5)
+    twin = fastpeft.patch(copy.deepcopy(model), backend="reference")
+    assert error(model(x), twin(x).double()) < 0.05
+    assert not any(packs.bytes for packs in packs_of(model))
+
+
+def test_a_weight_changed_before_the_backward_pass_is_an_error(any_rows):
+    model = fastpeft.patch(vit(dtype=BF16), METHODS["full"]).train()
+    logits = model(images().to(BF16))
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logits.sum().backward()
+
+
+def ratios(method, variant, memory, draws, part=None):
     """By tensor: its error as a multiple of the composition's, in the geometric mean over draws.
 
     In a small random model some gradients are differences of large numbers: their error is nearly the whole of them in
@@ -105,7 +176,7 @@ def ratios(method, variant, memory, draws):
     """
     logarithms: dict[str, float] = {}
     for seed in range(draws):
-        exact, baseline, found = steps(method, variant, seed, memory)
+        exact, baseline, found = steps(method, variant, seed, memory, part)
         assert found.keys() == exact.keys()
         for name, value in exact.items():
             ours, plain = error(found[name], value), error(baseline[name], value)
@@ -114,9 +185,9 @@ def ratios(method, variant, memory, draws):
     return {name: math.exp(logarithm) for name, logarithm in logarithms.items()}
 
 
-def check(method, variant, memory):
+def check(method, variant, memory, part=None):
     """No systematic error in all tensors together, none in any by much more than a few draws scatter."""
-    found = ratios(method, variant, memory, 5)
+    found = ratios(method, variant, memory, 5, part)
     assert math.prod(found.values()) ** (1 / len(found)) <= 1.5
     assert max(found.values()) <= 4, found
 
@@ -191,7 +262,7 @@ def test_what_an_adapter_adds_is_as_exact_as_the_composition(method, last):
 @pytest.mark.parametrize(
     "method, dtype, attention, mlp",
     [
-        ("bitfit", BF16, 0, 0),
+        ("bitfit", BF16, 2, 3),
         ("full", BF16, 0, 0),
         ("lora-dropout", BF16, 0, 0),
         ("vpt-deep", torch.float32, 0, 0),
@@ -199,6 +270,7 @@ def test_what_an_adapter_adds_is_as_exact_as_the_composition(method, last):
         ("vpt-deep", BF16, 2, 3),
         ("linear", BF16, 2, 3),
         ("partial-1", BF16, 2, 2),
+        ("vpt+bitfit", BF16, 2, 3),
     ],
 )
 def test_where_branches_are_whole(method, dtype, attention, mlp, calls):
