@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import fastpeft
+from fastpeft import _native
 from tests.tiny import DIM, METHODS, images, labels, patched, randomise, vit
 
 ROW = (2, 17, 32)
@@ -66,6 +67,12 @@ def block_step(method, index: int = 1, first: bool = False, rows: int | None = N
     model = patched(method).train()
     x = torch.randn(ROW, requires_grad=not first)
     return saved(model, lambda: model.blocks[index](x, rows=rows))
+
+
+@pytest.fixture(autouse=True)
+def plain_operators(monkeypatch):
+    """What a native operator saves is laid out otherwise; `test_native_operators_save_no_more` counts it."""
+    monkeypatch.setenv("FASTPEFT_BACKEND", "reference")
 
 
 def shapes(*expected) -> Counter:
@@ -164,6 +171,15 @@ def test_the_last_block_saves_the_read_out_row_only():
         *NORM, HEADS, HEADS, (2, 2, 1, 16), (2, 2, 1, 16), (2, 2, 1), (2, 1, 32), (2, 1, 1), (2, 1, 1), (2, 1, 128),
         (2, 32), (2, 3),
     )  # fmt: skip
+
+
+@pytest.mark.skipif(_native.library() is None, reason=f"the native library is {_native.status()}")
+@pytest.mark.parametrize("method", ("linear", "bitfit", "lora-qkv", "vpt-deep", "vpt-deep-batch-mask", "prefix-kv"))
+def test_native_operators_save_no_more(method, monkeypatch):
+    plain = block_step(METHODS[method])
+    for operator in ("PROMPT_ATTENTION", "LAYER_NORM"):
+        monkeypatch.setenv(f"FASTPEFT_BACKEND_{operator}", "cpu")
+    assert block_step(METHODS[method]).bytes <= plain.bytes
 
 
 def frozen_tensors(model: nn.Module) -> list[Tensor]:

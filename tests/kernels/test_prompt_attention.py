@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -184,8 +185,12 @@ def check(case: Case, **more) -> None:
             if token in results and prompt in results:
                 both = zip(results.pop(token), results.pop(prompt), strict=True)
                 results[f"{token} and {prompt}"] = [torch.cat((a.flatten(), b.flatten())) for a, b in both]
+    # The backward pass has exp(s - lse) where plain PyTorch has exp(s - maximum) over a sum: a rounding of s - lse, of
+    # the size of log2 of the keys, is a relative error of every weight, half of it on average in three roundings.
+    spread = math.log2(case.tokens + (case.length or 0) + 1) / 2
+    roundings = max(1.0, spread) if case.dtype == torch.float32 else 1.0
     for name, triple in results.items():
-        assert_close(name, *triple)
+        assert_close(name, *triple, roundings)
 
 
 SIZES, LENGTHS = (1, 3, 17, 50, 65), (0, 1, 5, 17, 33)
@@ -481,7 +486,8 @@ def test_random(seed):
 
     torch.manual_seed(seed)
     rows, tokens = pick(1, 3, 17, 50, 65, 197), pick(1, 3, 17, 50, 65, 197)
-    bias = pick(None, (1, 1, 1, tokens), (2, 1, 1, tokens), (2, 2, rows, tokens), (1, 2, rows, tokens))
+    batch, heads = pick(1, 2, 4), pick(1, 2, 5)
+    bias = pick(None, (1, 1, 1, tokens), (batch, 1, 1, tokens), (batch, heads, rows, tokens), (1, heads, rows, tokens))
     check(
         Case(
             rows,
@@ -489,6 +495,8 @@ def test_random(seed):
             pick(None, 0, 1, 5, 17, 33, 200),
             pick(*KINDS),
             pick(32, 40, 59, 64, 72, 80, 96, 128),
+            batch,
+            heads,
             dtype=pick(torch.float32, torch.float16),
             bias=bias,
             causal=pick(False, False, True),

@@ -5,7 +5,8 @@ environment variable FASTPEFT_TEST_SEED repeats it, and that of a single draw be
 
 A draw is held to twice the error of plain PyTorch in the same format and some roundings, since a handful of numbers is
 too small a sample of rounding errors; all draws together, by their root mean square, to twice that error and one
-rounding.
+rounding. One draw in a thousand may be beyond its bound, though by no more than four times: three columns that are
+nearly the same, or a sum that cancels to nothing, magnify the roundings of anybody.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ SEED = "FASTPEFT_TEST_SEED"
 _ROUNDINGS = {torch.float32: 24, torch.bfloat16: 4}
 # Results are of the order of 0.1 to 1: what is smaller is left of terms that cancel.
 _SMALL = 0.1
+# Of how many draws one may be beyond its bound, and by how much.
+_RARE, _BEYOND = 1000, 4
 
 BF16 = torch.bfloat16
 # Name -> (ours, plain in the same format, exact).
@@ -195,6 +198,7 @@ def run(operator: str, count: int) -> None:
     first = int(os.environ.get(SEED) or secrets.randbelow(1 << 40))
     print(f"{SEED}={first}")
     pooled: dict[tuple[str, torch.dtype], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    beyond: list[str] = []
     threads = torch.get_num_threads()
     level = library.level
     try:
@@ -212,7 +216,9 @@ def run(operator: str, count: int) -> None:
                     continue
                 found, baseline = error(value, exact), error(plain, exact)
                 allowed = 2 * baseline + _ROUNDINGS[value.dtype] * torch.finfo(value.dtype).eps
-                assert found <= allowed, f"{name} on {chosen}: error {found:.2e}, bound {allowed:.2e}; {SEED}={seed}"
+                if not found <= allowed:
+                    beyond.append(f"{name} on {chosen}: error {found:.2e}, bound {allowed:.2e}; {SEED}={seed}")
+                    assert found <= _BEYOND * allowed, beyond[-1]
                 sums = pooled[name, value.dtype]
                 sums[0] += found**2
                 sums[1] += baseline**2
@@ -220,6 +226,7 @@ def run(operator: str, count: int) -> None:
     finally:
         torch.set_num_threads(threads)
         library.level = level
+    assert len(beyond) <= max(1, count // _RARE), beyond
     for (name, dtype), (ours, plain, number) in pooled.items():
         found, baseline = math.sqrt(ours / number), math.sqrt(plain / number)
         allowed = 2 * baseline + torch.finfo(dtype).eps

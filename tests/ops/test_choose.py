@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastpeft._native import LEVELS
 from fastpeft.ops import choose
 from fastpeft.ops.choose import CHOICES, OPERATORS, BackendError, Chip, asked, emulated, unavailable
 
@@ -42,7 +43,15 @@ def pick(wish, chip, operator="prompt_attention"):
 def test_what_nobody_measured_is_not_chosen_by_default(installed):
     for operator in OPERATORS:
         assert pick("auto", H100, operator) is None
-        assert choose.is_reference(operator, "auto")
+        assert choose.is_reference(operator, "auto", torch.device("cuda"))
+
+
+def test_what_is_chosen_on_cpus(installed, monkeypatch):
+    monkeypatch.setattr(choose._native, "library", lambda: object())
+    amx, avx2 = (Chip("cpu", list(LEVELS).index(level)) for level in ("amx", "avx2"))
+    for operator in OPERATORS:
+        assert pick("auto", avx2, operator) is None
+        assert pick("auto", amx, operator) == ("cpu" if operator in ("prompt_attention", "layer_norm") else None)
 
 
 def test_what_was_measured_is_chosen_on_that_chip_alone(installed, monkeypatch):
@@ -50,7 +59,8 @@ def test_what_was_measured_is_chosen_on_that_chip_alone(installed, monkeypatch):
     assert pick("auto", H100) == "triton"
     assert pick("auto", A100) is None
     assert pick("auto", Chip("cpu")) is None
-    assert not choose.is_reference("prompt_attention", "auto") and choose.is_reference("mlp", "auto")
+    assert not choose.is_reference("prompt_attention", "auto", torch.device("cuda"))
+    assert choose.is_reference("mlp", "auto", torch.device("cuda"))
 
 
 def test_the_next_best_serves_what_the_best_cannot(installed, monkeypatch, caplog):
