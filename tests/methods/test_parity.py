@@ -72,11 +72,15 @@ def _check_errors(kind, variant, method, training=True):
     # Normalisation by the statistics of eight images amplifies any rounding as it likes: hidden layers of a head are
     # compared with their running statistics.
     training = training and not any(part.name == "mlp_head" for part in METHODS[method].parts())
-    errors = measure(METHODS[method], variant, dtype, training, autocast=autocast)
-    assert len(errors) > 1
-    # What a weak method adds to the logits may be few roundings of them, so the cap on it is its own size.
-    caps = dict.fromkeys(errors, cap) | {"contribution": 1.0}
-    wrong = {name: pair for name, pair in errors.items() if not pair[0] <= min(2 * pair[1], caps[name])}
+    # Four models' errors may be luck, where a ReLU's input changes its sign in one alone: then more decide.
+    for draws in (4, 32):
+        errors = measure(METHODS[method], variant, dtype, training, autocast=autocast, draws=draws)
+        assert len(errors) > 1
+        # What a weak method adds to the logits may be few roundings of them, so the cap on it is its own size.
+        caps = dict.fromkeys(errors, cap) | {"contribution": 1.0}
+        wrong = {name: pair for name, pair in errors.items() if not pair[0] <= min(2 * pair[1], caps[name])}
+        if not wrong:
+            return
     assert not wrong, "relative errors (patched, literal) against float64"
 
 

@@ -211,8 +211,9 @@ def run(operator: str, count: int) -> None:
             for name, (value, plain, exact) in DRAWS[operator]().items():
                 assert value.dtype == plain.dtype and value.shape == exact.shape, (name, seed)
                 if not exact.any():
-                    # One key alone is seen: what is left of terms that cancel has no size to be compared with.
-                    assert not (value.abs() > 100 * torch.finfo(value.dtype).eps).any(), f"{name}; {SEED}={seed}"
+                    # One key alone is seen: what is left of terms that cancel has no size to be compared with. Up to
+                    # 210 rows' share is summed, of a rounding or two each.
+                    assert not (value.abs() > 420 * torch.finfo(value.dtype).eps).any(), f"{name}; {SEED}={seed}"
                     continue
                 found, baseline = error(value, exact), error(plain, exact)
                 allowed = 2 * baseline + _ROUNDINGS[value.dtype] * torch.finfo(value.dtype).eps
