@@ -1,7 +1,9 @@
 // Attention of tokens to tokens and prompts, a head of a sample at a time.
 //
 // The head's keys and values are packed as right factors once; then, for 32 queries at a time, the scores of all keys, the
-// probabilities without their denominator, and their product with the values, whose rows are divided at the end.
+// probabilities without their denominator, and their product with the values, whose rows are divided at the end. The
+// matrix unit is ahead: it computes the next queries' scores while these queries' become probabilities, and a product
+// with values while the product before is divided.
 
 #include "attention.h"
 #include "epilogues.h"
@@ -18,18 +20,20 @@ class Forward {
     values_ = take(memory, n_.keys * n_.widths);
     left_ = take(memory, n_.widths);
     probabilities_ = take(memory, n_.keys);
-    scores_ = reinterpret_cast<float*>(take(memory, 2 * n_.keys));
-    sums_ = reinterpret_cast<float*>(take(memory, 2 * n_.widths));
+    for (float*& scores : scores_) scores = reinterpret_cast<float*>(take(memory, 2 * n_.keys));
+    for (float*& sums : sums_) sums = reinterpret_cast<float*>(take(memory, 2));
   }
 
   static int64_t blocks(const Attention& a) {
     const Extent n(a);
-    return 2 * n.keys * n.widths + 3 * n.widths + 3 * n.keys;
+    return 2 * n.keys * n.widths + n.widths + 5 * n.keys + 4;
   }
 
   // `fresh`: another head than in the call before.
   void run(int64_t b, int64_t h, bool fresh) {
     pack(b, h, fresh);
+    load_queries(b, h, 0);
+    for (int64_t j = 0; j < n_.keys; ++j) score(0, j);
     for (int64_t i = 0; i < n_.queries; ++i) attend(b, h, i);
   }
 
@@ -50,49 +54,80 @@ class Forward {
       }
   }
 
-  void attend(int64_t b, int64_t h, int64_t i) {
+  void load_queries(int64_t b, int64_t h, int64_t i) {
     const Source q = {&a_.q, nullptr, a_.dim, b, h, a_.queries, 0};
     __m512i rows[kBlock];
     for (int64_t w = 0; w < n_.widths; ++w) {
       q.rows(i, w * kBlock, rows);
       put_left(rows, left_ + w * kBlockSize);
     }
-    for (int64_t j = 0; j < n_.keys; ++j) {
-      zero_sums();
-      for (int64_t w = 0; w < n_.widths; ++w)
-        multiply_step(left_ + w * kBlockSize, keys_ + (j * n_.widths + w) * kBlockSize);
-      store_sums(scores_ + j * kSums);
-    }
-    const int64_t count = smaller(kBlock, a_.queries - i * kBlock);
-    alignas(64) float denominators[kBlock];
-    for (int64_t r = 0; r < count; ++r) denominators[r] = softmax(r, a_.lse + (b * a_.heads + h) * a_.queries + i * kBlock + r);
-    for (int64_t w = 0; w < n_.widths; ++w) {
-      zero_sums();
-      for (int64_t j = 0; j < n_.keys; ++j)
-        multiply_step(probabilities_ + j * kBlockSize, values_ + (w * n_.keys + j) * kBlockSize);
-      store_sums(sums_ + w * kSums);
-    }
-    for (int64_t w = 0; w < n_.widths; ++w)
-      for (int64_t r = 0; r < count; ++r) {
-        const Row s = sums_of(sums_ + w * kSums, r);
-        const __m512 factor = constant(1.0f / denominators[r]);
-        const __m512i x = narrow(_mm512_mul_ps(s.low, factor), _mm512_mul_ps(s.high, factor));
-        store_piece(a_.out, a_.dim, b, h, i * kBlock + r, w * kBlock, x);
-      }
   }
 
-  // Row r of scores to probabilities without their denominator, which is returned.
-  FASTPEFT_INLINE float softmax(int64_t r, float* lse) {
+  // Scores of the queries that are loaded, block i of them, with a block of keys.
+  FASTPEFT_INLINE void score(int64_t i, int64_t j) {
+    zero_sums();
+    for (int64_t w = 0; w < n_.widths; ++w)
+      multiply_step(left_ + w * kBlockSize, keys_ + (j * n_.widths + w) * kBlockSize);
+    store_sums(scores_[i & 1] + j * kSums);
+  }
+
+  void attend(int64_t b, int64_t h, int64_t i) {
+    const int64_t count = smaller(kBlock, a_.queries - i * kBlock);
+    const bool more = i + 1 < n_.queries;
+    if (more) load_queries(b, h, i + 1);
+    int64_t done = 0;
+    for (int64_t j = 0; j < n_.keys; ++j) {
+      if (more) score(i + 1, j);
+      for (const int64_t end = count * (j + 1) / n_.keys; done < end; ++done) softmax(scores_[i & 1], done);
+    }
+    log_sum_exp(a_.lse + (b * a_.heads + h) * a_.queries + i * kBlock, count);
+    for (int64_t w = 0; w < n_.widths; ++w) {
+      zero_sums();
+      done = 0;
+      for (int64_t j = 0; j < n_.keys; ++j) {
+        multiply_step(probabilities_ + j * kBlockSize, values_ + (w * n_.keys + j) * kBlockSize);
+        if (w == 0) continue;
+        const int64_t end = count * (j + 1) / n_.keys;
+        finish(b, h, i, w - 1, done, end);
+        done = end;
+      }
+      store_sums(sums_[w & 1]);
+    }
+    finish(b, h, i, n_.widths - 1, 0, count);
+  }
+
+  // Rows of a product with values, divided.
+  FASTPEFT_INLINE void finish(int64_t b, int64_t h, int64_t i, int64_t w, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const Row s = sums_of(sums_[w & 1], r);
+      const __m512 factor = constant(factors_[r]);
+      const __m512i x = narrow(_mm512_mul_ps(s.low, factor), _mm512_mul_ps(s.high, factor));
+      store_piece(a_.out, a_.dim, b, h, i * kBlock + r, w * kBlock, x);
+    }
+  }
+
+  // From the largest scores and the denominators: their logarithms, and their reciprocals for the rows of the result.
+  FASTPEFT_INLINE void log_sum_exp(float* lse, int64_t count) {
+    for (int64_t r = 0; r < count; r += 16) {
+      const __mmask16 mask = count - r >= 16 ? 0xffff : (1 << (count - r)) - 1;
+      const __m512 total = _mm512_maskz_load_ps(mask, totals_ + r), top = _mm512_maskz_load_ps(mask, tops_ + r);
+      _mm512_mask_storeu_ps(lse + r, mask, _mm512_fmadd_ps(top, constant(a_.scale), log(total)));
+      _mm512_store_ps(factors_ + r, _mm512_div_ps(constant(1.0f), total));
+    }
+  }
+
+  // Row r of scores to probabilities without their denominator.
+  FASTPEFT_INLINE void softmax(const float* scores, int64_t r) {
     const int64_t whole = (a_.tokens + a_.prompts) / kBlock, rest = (a_.tokens + a_.prompts) % kBlock;
     const __mmask16 low = rest >= 16 ? 0xffff : (1 << rest) - 1, high = rest > 16 ? (1 << (rest - 16)) - 1 : 0;
     __m512 m = constant(-__builtin_inff()), m2 = m;
     for (int64_t j = 0; j < whole; ++j) {
-      const Row s = sums_of(scores_ + j * kSums, r);
+      const Row s = sums_of(scores + j * kSums, r);
       m = _mm512_max_ps(m, s.low);
       m2 = _mm512_max_ps(m2, s.high);
     }
     if (rest > 0) {
-      const Row s = sums_of(scores_ + whole * kSums, r);
+      const Row s = sums_of(scores + whole * kSums, r);
       m = _mm512_mask_max_ps(m, low, m, s.low);
       m2 = _mm512_mask_max_ps(m2, high, m2, s.high);
     }
@@ -100,7 +135,7 @@ class Forward {
     const __m512 factor = constant(a_.scale * kLog2E), shift = constant(-top * a_.scale * kLog2E);
     __m512 sum = _mm512_setzero_ps(), sum2 = sum;
     for (int64_t j = 0; j < n_.keys; ++j) {
-      const Row s = sums_of(scores_ + j * kSums, r);
+      const Row s = sums_of(scores + j * kSums, r);
       __m512 x = exp2(_mm512_fmadd_ps(s.low, factor, shift)), y = exp2(_mm512_fmadd_ps(s.high, factor, shift));
       if (j == whole) {
         x = _mm512_maskz_mov_ps(low, x);
@@ -110,15 +145,15 @@ class Forward {
       sum2 = _mm512_add_ps(sum2, y);
       _mm512_store_si512(probabilities_ + j * kBlockSize + r * kBlock, narrow(x, y));
     }
-    const float total = _mm512_reduce_add_ps(_mm512_add_ps(sum, sum2));
-    *lse = top * a_.scale + __builtin_logf(total);
-    return total;
+    tops_[r] = top;
+    totals_[r] = _mm512_reduce_add_ps(_mm512_add_ps(sum, sum2));
   }
 
   const Attention& a_;
   const Extent n_;
   bf16 *keys_, *values_, *left_, *probabilities_;
-  float *scores_, *sums_;
+  float *scores_[2], *sums_[2];  // of two blocks of queries, of two blocks of columns
+  alignas(64) float tops_[kBlock], totals_[kBlock], factors_[kBlock];
 };
 
 }  // namespace

@@ -40,6 +40,21 @@ FASTPEFT_INLINE __m512 reciprocal(__m512 x) {
   return _mm512_mul_ps(r, _mm512_fnmadd_ps(x, r, constant(2.0f)));
 }
 
+// ln x for normal x > 0, error 2e-7 of the larger of it and 1: the mantissa m in [0.75, 1.5) by the series of
+// 2 artanh((m - 1) / (m + 1)), the exponent by itself.
+FASTPEFT_INLINE __m512 log(__m512 x) {
+  const __m512 m = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero);
+  const __m512 exponent = _mm512_getexp_ps(_mm512_div_ps(x, m));
+  const __m512 s = _mm512_div_ps(_mm512_sub_ps(m, constant(1.0f)), _mm512_add_ps(m, constant(1.0f)));
+  const __m512 square = _mm512_mul_ps(s, s);
+  __m512 p = constant(2.0f / 9);
+  p = _mm512_fmadd_ps(p, square, constant(2.0f / 7));
+  p = _mm512_fmadd_ps(p, square, constant(2.0f / 5));
+  p = _mm512_fmadd_ps(p, square, constant(2.0f / 3));
+  p = _mm512_fmadd_ps(p, square, constant(2.0f));
+  return _mm512_fmadd_ps(exponent, constant(0.6931471805599453f), _mm512_mul_ps(p, s));
+}
+
 constexpr float kLog2E = 1.4426950408889634f;
 
 enum Activation : int32_t { kIdentity = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kQuickGelu = 4, kSilu = 5 };
