@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fastpeft.engine.branches import attention_branch, join, mlp_branch
+from fastpeft.engine.branches import attention_branch, join, mlp_branch, mlp_is_whole
 from fastpeft.engine.description import BlockSpec, child
 from fastpeft.engine.extensions import Extension, KeyValues, LowRanks, Noise, Prompts
 from fastpeft.engine.hooks import any_hooks, call_under_hooks, draws
@@ -210,7 +210,7 @@ class BlockRun:
     def _add_and_norm(self, x: Tensor, branch: Tensor, normed: Tensor) -> tuple[Tensor, Tensor | None]:
         """The sum behind attention, and its norm if one operator gives both."""
         norm = self._fusable_norm("norm2")
-        if norm is None or not self.idle("drop_path1"):
+        if norm is None or not self.idle("drop_path1") or mlp_is_whole(self, x):
             return self._add("1", "attn", x, branch, normed), None
         gamma = None
         if "scale1" in self.spec.layer_scales and not any(adapter.acts_on("attn") for adapter in self.adapters):

@@ -85,17 +85,11 @@ def attention_branch(
 
 def mlp_branch(run: BlockRun, x: Tensor) -> Tensor | None:
     """As `attention_branch`, for the MLP; x (B, n, d)."""
-    spec, wish = run.spec, run.backends["block"]
-    if spec.opaque_mlp or spec.activation is None or not _folds(run, "2", ("drop1", "mlp_norm", "drop2")):
+    found = _mlp_layers(run, x)
+    if found is None:
         return None
-    norm = child(run.block, spec.inner["norm2"])
-    fc1, fc2 = _layers(run, ("fc1",), norm), _layers(run, ("fc2",))
-    if fc1 is None or fc2 is None or not _pays(x, fc1, fc2):
-        return None
-    widths = (x.shape[-1], fc1.weights[0].shape[0], fc2.weights[0].shape[0])
-    module = choose("block", wish, x.device, lambda module: module.reasons(x, widths, None))
-    if module is None:
-        return None
+    module, fc1, fc2, norm = found
+    spec = run.spec
     inside = _Inside(run, "ffn", bool(fc1.terms or fc2.terms or fc1.norm_trained))
     with suspended(x.device):
         pack = _packer(run, module)
@@ -113,6 +107,24 @@ def mlp_branch(run: BlockRun, x: Tensor) -> Tensor | None:
         factors = [*fc1.factors, *fc2.factors, *inside.factors, *fc1.handed_over, *fc2.handed_over]
         y = module.mlp_branch(x, plan, factors)
     return y if inside.all else run.around("2", "ffn", x, y)
+
+
+def mlp_is_whole(run: BlockRun, x: Tensor) -> bool:
+    """Whether `mlp_branch` will serve rows like these."""
+    return _mlp_layers(run, x) is not None
+
+
+def _mlp_layers(run: BlockRun, x: Tensor) -> tuple[ModuleType, _Layers, _Layers, nn.Module] | None:
+    spec = run.spec
+    if spec.opaque_mlp or spec.activation is None or not _folds(run, "2", ("drop1", "mlp_norm", "drop2")):
+        return None
+    norm = child(run.block, spec.inner["norm2"])
+    fc1, fc2 = _layers(run, ("fc1",), norm), _layers(run, ("fc2",))
+    if fc1 is None or fc2 is None or not _pays(x, fc1, fc2):
+        return None
+    widths = (x.shape[-1], fc1.weights[0].shape[0], fc2.weights[0].shape[0])
+    module = choose("block", run.backends["block"], x.device, lambda module: module.reasons(x, widths, None))
+    return None if module is None else (module, fc1, fc2, norm)
 
 
 class _Inside:
