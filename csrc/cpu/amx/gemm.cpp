@@ -7,7 +7,7 @@
 //   shallow products (depth to 1024): for each panel, for each chunk, for each block of rows; 4 KiB of sums a block;
 //   deep ones: for each chunk, for each panel, for each block, so that A too is read in chunks; sums of the whole slab.
 //
-// The last chunk's sums of a block are finished (bias, activation, ...) between the steps of the next block's product.
+// A panel's sums are finished (bias, activation, ...) between the steps of the next panel's products.
 
 #include "gemm.h"
 
@@ -25,52 +25,55 @@ struct SlabTag;
 struct SumsTag;
 struct StagedTag;
 
-// Sums that wait to be finished, while those of the next block go into the other half.
+// Sums of a panel that wait to be finished, which happens evenly over the steps of the next panel: a product that ends in
+// an expensive function keeps the matrix unit busy all the while.
 class Pipeline {
  public:
-  Pipeline(const Gemm& gemm, Finish finish, float* staging) : finish_(finish), staging_(staging) {
-    waiting_.gemm = &gemm;
-    waiting_.sums = nullptr;
-  }
+  Pipeline(const Gemm& gemm, Finish finish) : finish_(finish) { waiting_.gemm = &gemm; }
 
   // Multiplies `steps` blocks of A and B into the tiles, finishing what waits meanwhile.
   FASTPEFT_INLINE void multiply(const bf16* a, const bf16* b, int64_t steps) {
-    if (waiting_.sums == nullptr) {
-      for (int64_t k = 0; k < steps; ++k) multiply_step(a + k * kBlockSize, b + k * kBlockSize);
-      return;
-    }
-    const int64_t rows = ceil_div(kBlock - done_, steps);
     for (int64_t k = 0; k < steps; ++k) {
       multiply_step(a + k * kBlockSize, b + k * kBlockSize);
-      const int64_t end = smaller(done_ + rows, kBlock);
-      if (end > done_) finish_(waiting_, done_, end);
-      done_ = end;
+      if (row_ < rows_) {
+        credit_ += quota_;
+        some(smaller(credit_ >> kFraction, rows_));
+      }
     }
-    if (done_ == kBlock) waiting_.sums = nullptr;
   }
 
-  // Takes the sums out of the tiles, to be finished.
-  FASTPEFT_INLINE void hand_over(int64_t row_block, int64_t column_block) {
+  // Takes over the sums of a panel: `blocks` blocks of rows, to be finished within so many steps.
+  void hand_over(int64_t row_block, int64_t column_block, const float* sums, int64_t blocks, int64_t steps) {
     flush();
-    float* sums = staging_ + (turn_ ^= 1) * kSums;
-    store_sums(sums);
-    waiting_.sums = sums;
-    waiting_.row_block = row_block;
+    sums_ = sums;
+    first_ = row_block;
     waiting_.column_block = column_block;
-    done_ = 0;
+    rows_ = blocks * kBlock;
+    quota_ = ceil_div(rows_ << kFraction, steps);
+    row_ = credit_ = 0;
   }
 
   void flush() {
-    if (waiting_.sums != nullptr) finish_(waiting_, done_, kBlock);
-    waiting_.sums = nullptr;
+    if (row_ < rows_) some(rows_);
   }
 
  private:
-  Finished waiting_;
+  static constexpr int kFraction = 16;
+
+  FASTPEFT_INLINE void some(int64_t end) {
+    while (row_ < end) {
+      const int64_t block = row_ / kBlock, r = row_ % kBlock, count = smaller(kBlock - r, end - row_);
+      waiting_.sums = sums_ + block * kSums;
+      waiting_.row_block = first_ + block;
+      finish_(waiting_, r, r + count);
+      row_ += count;
+    }
+  }
+
+  Finished waiting_ = {};
   Finish finish_;
-  float* staging_;
-  int64_t done_ = 0;
-  int turn_ = 0;
+  const float* sums_ = nullptr;
+  int64_t first_ = 0, rows_ = 0, row_ = 0, quota_ = 0, credit_ = 0;
 };
 
 // Rows [32 block, 32 block + 32) of A as blocks of 32 columns, normalised on the way. Rows that there are not are zero.
@@ -206,33 +209,32 @@ void multiply_slab(const Gemm& g, const Slab& slab, int64_t first, int64_t block
   const int64_t depth = g.depth / kBlock, columns = g.columns / kBlock, extra = g.extra / kBlock;
   const bool shallow = g.depth <= kShallow;
   const int64_t chunk = kChunk / kBlock, chunks = ceil_div(depth, chunk);
-  const auto product = [&](int64_t c, int64_t n, int64_t i) {
+  // A panel's chunk with all blocks of rows.
+  const auto sweep = [&](int64_t c, int64_t n) {
     const int64_t begin = c * chunk, steps = smaller(chunk, depth - begin);
-    float* partial = sums + (shallow ? i : n * blocks + i) * kSums;
+    // In shallow products a panel's sums are finished while the next panel's come in.
+    float* partial = sums + (shallow ? n % 2 : n) * blocks * kSums;
     if (c == 0)
       zero_sums();
     else
       load_sums(partial);
-    pipeline.multiply(slab.at(i, begin), g.weight + (n * depth + begin) * kBlockSize, steps);
-    drain.some();
-    if (c + 1 < chunks) {
-      store_sums(partial);
-      return;
+    for (int64_t i = 0; i < blocks; ++i) {
+      pipeline.multiply(slab.at(i, begin), g.weight + (n * depth + begin) * kBlockSize, steps);
+      if (extra > 0 && c + 1 == chunks) {
+        const bf16* a2 = g.a2.data + (first + i) * g.a2.stride * kBlockSize;
+        pipeline.multiply(a2, g.extra_weight + n * extra * kBlockSize, extra);
+      }
+      swap_sums(partial + i * kSums, c == 0 || i + 1 == blocks ? nullptr : partial + (i + 1) * kSums);
+      drain.some();
     }
-    if (extra > 0) {
-      const bf16* a2 = g.a2.data + (first + i) * g.a2.stride * kBlockSize;
-      pipeline.multiply(a2, g.extra_weight + n * extra * kBlockSize, extra);
-    }
-    pipeline.hand_over(first + i, n);
+    if (c + 1 == chunks) pipeline.hand_over(first, n, partial, blocks, blocks * (shallow ? depth : steps));
   };
   if (shallow) {
     for (int64_t n = 0; n < columns; ++n)
-      for (int64_t c = 0; c < chunks; ++c)
-        for (int64_t i = 0; i < blocks; ++i) product(c, n, i);
+      for (int64_t c = 0; c < chunks; ++c) sweep(c, n);
   } else {
     for (int64_t c = 0; c < chunks; ++c)
-      for (int64_t n = 0; n < columns; ++n)
-        for (int64_t i = 0; i < blocks; ++i) product(c, n, i);
+      for (int64_t n = 0; n < columns; ++n) sweep(c, n);
   }
 }
 
@@ -253,7 +255,7 @@ bool run(const Gemm& whole, int64_t index, int64_t threads) {
   const bool in_place = g.a.layout == kBlocked && g.prologue == kCopy;
   const bool shallow = g.depth <= kShallow;
   auto* copy = in_place ? nullptr : static_cast<bf16*>(scratch<SlabTag>(blocks * kBlock * g.depth * 2));
-  const int64_t partial = shallow ? blocks : blocks * (g.columns / kBlock);
+  const int64_t partial = shallow ? 2 * blocks : blocks * (g.columns / kBlock);
   bf16* staged = nullptr;
   if (whole.c.layout != kBlocked) {
     staged = static_cast<bf16*>(scratch<StagedTag>(2 * blocks * kBlock * g.columns * 2));
@@ -261,10 +263,10 @@ bool run(const Gemm& whole, int64_t index, int64_t threads) {
     g.c = {nullptr, g.columns / kBlock, kBlocked, 0};
     if (g.epilogue == kResidual) g.epilogue = kStore;
   }
-  auto* sums = static_cast<float*>(scratch<SumsTag>((partial + 2) * kSums * 4));
+  auto* sums = static_cast<float*>(scratch<SumsTag>(partial * kSums * 4));
   if (sums == nullptr || (copy == nullptr && !in_place)) return false;
   const Tiles tiles;
-  Pipeline pipeline(g, choose_finish(g), sums + partial * kSums);
+  Pipeline pipeline(g, choose_finish(g));
   Drain drain(whole, staged, blocks);
   for (int64_t first = mine.begin; first < mine.end; first += blocks) {
     const int64_t count = smaller(blocks, mine.end - first);

@@ -71,6 +71,24 @@ FASTPEFT_INLINE void store_sums(float* sums) {
   _tile_stored(3, sums + 768, 64);
 }
 
+// Stores the sums of one product and loads those of the next (null: zeros) tile by tile, so that the matrix unit can begin
+// with the next product's first tile while the last ones are on their way out: a twelfth of a product of shallow depth.
+FASTPEFT_INLINE void swap_sums(float* sums, const float* next) {
+  if (next == nullptr) {
+    store_sums(sums);
+    zero_sums();
+    return;
+  }
+  _tile_stored(0, sums, 64);
+  _tile_loadd(0, next, 64);
+  _tile_stored(1, sums + 256, 64);
+  _tile_loadd(1, next + 256, 64);
+  _tile_stored(2, sums + 512, 64);
+  _tile_loadd(2, next + 512, 64);
+  _tile_stored(3, sums + 768, 64);
+  _tile_loadd(3, next + 768, 64);
+}
+
 // One step. `a_stride` is the distance of A's rows in bytes, 64 within a block.
 FASTPEFT_INLINE void multiply_step(const bf16* a, const bf16* b, int64_t a_stride = 64) {
   _tile_loadd(6, b, 64);
