@@ -4,6 +4,10 @@
 
 #include <omp.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -59,6 +63,21 @@ FASTPEFT_INLINE void parallel(int threads, const Work& work) {
   }
 }
 
+// Memory at a page's beginning; a large piece in pages of 2 MiB where the system has them, since a product that strides
+// through small ones spends a tenth of its time on addresses.
+inline void* pages(size_t bytes) {
+#if defined(__linux__)
+  constexpr size_t kLarge = size_t{2} << 20;
+  if (bytes >= kLarge / 4) {
+    bytes = (bytes + kLarge - 1) / kLarge * kLarge;
+    void* memory = std::aligned_alloc(kLarge, bytes);
+    if (memory != nullptr) madvise(memory, bytes, MADV_HUGEPAGE);
+    return memory;
+  }
+#endif
+  return std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
+}
+
 // Memory of a thread that is kept between calls, so that pages are touched once. A thread has one such buffer a name
 // (`Tag`); asking for more than there is replaces it.
 template <class Tag>
@@ -71,8 +90,7 @@ FASTPEFT_INLINE void* scratch(size_t bytes) {
   static thread_local Buffer buffer;
   if (buffer.size < bytes) {
     std::free(buffer.memory);
-    bytes = (bytes + 4095) / 4096 * 4096;
-    buffer.memory = std::aligned_alloc(4096, bytes);
+    buffer.memory = pages(bytes);
     buffer.size = buffer.memory == nullptr ? 0 : bytes;
   }
   return buffer.memory;

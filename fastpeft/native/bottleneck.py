@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fastpeft.native import blocked
 from fastpeft.native.factors import factors
-from fastpeft.native.gemm import Weight, gemm, pack
-from fastpeft.native.operand import column_sums
+from fastpeft.native.gemm import Weight, gemm
+from fastpeft.native.operand import column_sums, weight_backward, weight_forward
 from fastpeft.native.packs import Layer, Live
 
 FACTORS = 4
@@ -44,10 +44,14 @@ class Bottleneck:
     def __init__(self, adapter: Adapter, factors: Sequence[Tensor | None], first: Layer | Live):
         """An adapter of W_down (hidden, d), b_down, W_up (out, hidden), b_up; the LayerNorm is in `first`."""
         self._adapter, self._first = adapter, first
-        self._factors = [None if t is None else t.detach() for t in factors]
+        self._factors = [None if t is None else t.detach().contiguous() for t in factors]
         self._down, self._down_bias, self._up, self._up_bias = self._factors
         self.serial = adapter.mode == "serial"
         self._width = blocked.blocks(self._down.shape[0]) * blocked.BLOCK
+
+    @property
+    def _up_filled(self) -> Tensor:
+        return torch.nn.functional.pad(self._up, (0, self._width - self._up.shape[1]))
 
     @property
     def _column_scale(self) -> Tensor | None:
@@ -82,15 +86,14 @@ class Bottleneck:
             bias = torch.nn.functional.pad(bias, (0, self._width - len(bias)))
         h = blocked.empty(rows, self._width)
         slopes = blocked.empty(rows, self._width) if keep else None
-        gemm(
-            a, pack(self._down, self._column_scale), h, rows, bias, activation=self._adapter.activation, kept=slopes,
-            statistics=statistics, epsilon=epsilon,
-        )  # fmt: skip
+        weight, _ = weight_forward(self._down, self._column_scale, None)
+        options = {"statistics": statistics, "epsilon": epsilon}
+        gemm(a, weight, h, rows, bias, activation=self._adapter.activation, kept=slopes, **options)
         return h, slopes
 
     def up(self) -> Weight:
         """Packed for h W_up^T."""
-        return pack(self._up, None, self._scales(self._up.shape[0]))
+        return weight_forward(self._up_filled, None, self._scales(self._up.shape[0]))[0]
 
     def up_bias(self) -> Tensor | None:
         """scale * b_up."""
@@ -98,12 +101,12 @@ class Bottleneck:
 
     def backward_hidden(self, dy: Tensor, slopes: Tensor, rows: int) -> Tensor:
         """Gradient of the activation's input, blocked."""
-        weight = pack(self._up.t(), self._scales(self._up.shape[0]))
+        weight = weight_backward(self._up_filled, None, self._scales(self._up.shape[0]))
         return gemm(dy, weight, blocked.empty(rows, self._width), rows, kept=slopes)
 
     def backward_input(self) -> Weight:
         """Packed for dz W_down."""
-        return pack(self._down.t(), None, self._column_scale)
+        return weight_backward(self._down, self._column_scale, None)
 
     def gradients(
         self,

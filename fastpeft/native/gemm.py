@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastpeft import _native
 from fastpeft.native.blocked import BLOCK, blocks
+from fastpeft.native.memory import arena
 
 _ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "quick_gelu", "silu")
 _KEPT = {None: 0, torch.bfloat16: 1, torch.uint8: 2}
@@ -93,7 +94,7 @@ def pack(w: Tensor, column_scale: Tensor | None = None, row_scale: Tensor | None
         row_scale: fp32 (columns,), multiplied into each column.
     """
     columns, depth = w.shape
-    data = torch.empty(blocks(columns), blocks(depth), 2, 16, 32, dtype=torch.bfloat16)
+    data = arena.empty(blocks(columns), blocks(depth), 2, 16, 32, dtype=torch.bfloat16)
     check(
         _pack()(
             w.data_ptr(), columns, depth, *w.stride(), w.dtype == torch.float32, pointer(column_scale),

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fastpeft.native import blocked
 from fastpeft.native.factors import factors
-from fastpeft.native.gemm import Weight, gemm, pack
+from fastpeft.native.gemm import Weight, gemm
+from fastpeft.native.operand import weight_backward, weight_forward
 from fastpeft.native.packs import Layer, Live
 
 
@@ -50,17 +51,17 @@ class LowRank:
         """What `gemm` is to be told besides, u's memory under "a2"."""
         layer = self._layer
         return {
-            "down": pack(self._a, layer.column_scale),
+            "down": weight_forward(self._a, layer.column_scale, None)[0],
             "down_bias": None if layer.shift is None else self._a @ layer.shift,
-            "extra": pack(self._b, None, layer.row_scale),
+            "extra": weight_forward(self._b, None, layer.row_scale)[0],
         }
 
     def backward(self) -> dict[str, Tensor | Weight]:
         """The same for the gradient of the input; du's memory under "a2"."""
         layer = self._layer
         return {
-            "down": pack(self._b.t(), layer.row_scale),
-            "extra": pack(self._a.t(), None, layer.column_scale),
+            "down": weight_backward(self._b, None, layer.row_scale),
+            "extra": weight_backward(self._a, layer.column_scale, None),
         }
 
     def gradients(

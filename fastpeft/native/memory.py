@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import mmap
+import threading
 import weakref
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor
 # Smaller tensors are torch's own.
 _SMALLEST = 1 << 20
 _PAGE = 2 << 20
+_LINE = 64
+# Of an arena's mappings; a block of ViT-B has 27 MiB of packed weights.
+_MAPPING = 32 << 20
 # Pieces that lay unused while so many others were asked for are of shapes that are over. A training step of a large
 # model asks for several hundred.
 _STALE = 4096
@@ -74,6 +78,33 @@ class Pool:
         return sum(size * len(pieces) for size, pieces in list(self._free.items()))
 
 
+class Arena:
+    """Memory for what stays, one piece after another in large mappings: packed weights, which products stride through.
+
+    A mapping goes back to the system with the last tensor in it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._view: memoryview | None = None
+        self._used = 0
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor on the CPU."""
+        count = 1
+        for size in shape:
+            count *= size
+        size = -(-count * dtype.itemsize // _LINE) * _LINE
+        if size < _SMALLEST:
+            return torch.empty(shape, dtype=dtype)
+        with self._lock:
+            if self._view is None or self._used + size > len(self._view):
+                self._view, self._used = memoryview(_map(max(_MAPPING, -(-size // _PAGE) * _PAGE))), 0
+            piece = self._view[self._used : self._used + size]
+            self._used += size
+        return torch.frombuffer(piece, dtype=dtype, count=count).view(shape)
+
+
 def _map(size: int) -> mmap.mmap:
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -85,3 +116,4 @@ def _map(size: int) -> mmap.mmap:
 
 
 pool = Pool()
+arena = Arena()

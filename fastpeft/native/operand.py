@@ -67,18 +67,18 @@ def _call(
 
 
 def weight_forward(
-    w: Tensor, column_scale: Tensor | None, row_scale: Tensor | None, vector: Tensor | None
+    w: Tensor, column_scale: Tensor | None, row_scale: Tensor | None, vector: Tensor | None = None
 ) -> tuple[Weight, Tensor | None]:
     """A weight for x W'^T, and W times a vector.
 
     Args:
-        w: (out, in), rows in one piece, bf16 or fp32; in a multiple of 32.
+        w: (out, in), rows in one piece, bf16 or fp32; in a multiple of 32, out filled up to one with zeros.
         column_scale: fp32 (in,) or None.
         row_scale: fp32 (out,) or None.
         vector: fp32 (in,) or None.
     """
     out, depth = w.shape
-    data = torch.empty(blocks(out), depth // BLOCK, 2, 16, 32, dtype=torch.bfloat16)
+    data = pool.empty(blocks(out), depth // BLOCK, 2, 16, 32, dtype=torch.bfloat16)
     dots = None if vector is None else torch.empty(out)
     _call(w, out, _COLUMNS_RIGHT, data, None, column_scale, None, row_scale, vector, dots)
     return Weight(data, blocks(out) * BLOCK, depth), dots
@@ -87,7 +87,7 @@ def weight_forward(
 def weight_backward(w: Tensor, column_scale: Tensor | None, row_scale: Tensor | None) -> Weight:
     """A weight for dy W'; arguments as of `weight_forward`."""
     out, depth = w.shape
-    data = torch.empty(depth // BLOCK, blocks(out), 2, 16, 32, dtype=torch.bfloat16)
+    data = pool.empty(depth // BLOCK, blocks(out), 2, 16, 32, dtype=torch.bfloat16)
     _call(w, out, _DEPTH_RIGHT, data, None, column_scale, None, row_scale)
     return Weight(data, depth, blocks(out) * BLOCK)
 
