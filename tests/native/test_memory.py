@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from fastpeft.native import memory
-from fastpeft.native.memory import Pool
+from fastpeft.native.memory import Arena, Pool
 
 MIB = 1 << 20
 
@@ -66,3 +69,42 @@ def test_tensors_outlive_the_pool():
     a = Pool().empty(MIB, dtype=torch.float32).fill_(2.0)
     gc.collect()
     assert (a == 2).all()
+
+
+def test_an_arena_puts_pieces_side_by_side(monkeypatch):
+    made = []
+    inner = memory._map
+    monkeypatch.setattr(memory, "_map", lambda size: made.append(size) or inner(size))
+    arena = Arena()
+    pieces = [arena.empty(1 << 10, 1 << 10, dtype=torch.bfloat16) for _ in range(20)]
+    pieces += [arena.empty(40 << 20, dtype=torch.uint8), arena.empty((1 << 20) + 1, dtype=torch.uint8)]
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in pieces)
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
+    assert all(begin % 64 == 0 for begin, _ in spans)
+    # Twenty pieces of 2 MiB, one that is larger than a mapping, and one more.
+    assert [size >> 20 for size in made] == [32, 32, 40, 32]
+    for number, t in enumerate(pieces):
+        t.fill_(number)
+    assert all(bool((t == number).all()) for number, t in enumerate(pieces))
+    assert arena.empty(16, dtype=torch.float32).untyped_storage().nbytes() == 64
+
+
+def test_an_arenas_mapping_goes_with_its_last_tensor(monkeypatch):
+    made = []
+    inner = memory._map
+    monkeypatch.setattr(memory, "_map", lambda size: made.append(weakref.ref(found := inner(size))) or found)
+    arena = Arena()
+    first = arena.empty(20 << 20, dtype=torch.uint8)
+    second = arena.empty(20 << 20, dtype=torch.uint8)
+    assert len(made) == 2
+    del first
+    gc.collect()
+    assert made[0]() is None and made[1]() is not None
+    second.fill_(1)
+
+
+def test_an_arena_in_several_threads():
+    arena = Arena()
+    with ThreadPoolExecutor(8) as threads:
+        pieces = list(threads.map(lambda _: arena.empty(1 << 20, dtype=torch.uint8), range(64)))
+    assert len({t.data_ptr() for t in pieces}) == 64
