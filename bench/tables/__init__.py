@@ -1,0 +1,1 @@
+"""The papers' tables from a user's own backbones and data: `python -m bench.tables`."""

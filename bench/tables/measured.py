@@ -1,0 +1,81 @@
+"""What the results say of methods and tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
+
+from bench.tables.job import Backbone
+from bench.tables.protocol import Protocol
+from bench.tables.results import Line
+
+
+@dataclass
+class Measured:
+    """A method on a task: one entry a seed.
+
+    Attributes:
+        accuracies: of the test images, in percent.
+        trained: parameters.
+        backbone: parameters.
+        points: the chosen settings.
+    """
+
+    accuracies: list[float] = field(default_factory=list)
+    trained: int = 0
+    backbone: int = 0
+    points: list[str] = field(default_factory=list)
+
+    @property
+    def mean(self) -> float:
+        """Of the accuracies."""
+        return fmean(self.accuracies)
+
+    @property
+    def deviation(self) -> float | None:
+        """Of the accuracies, of a sample; None for one alone."""
+        return stdev(self.accuracies) if len(self.accuracies) > 1 else None
+
+
+# By method, then by task.
+Table = dict[str, dict[str, Measured]]
+
+
+def collect(rows: list[Line], backbone: Backbone, protocol: Protocol) -> Table:
+    """Final runs of one backbone under one protocol."""
+    found: Table = {}
+    for row in rows:
+        same = row["backbone"] == str(backbone) and row["image_size"] == str(backbone.image_size)
+        if not same or row["protocol"] != protocol.name or row["stage"] != "final":
+            continue
+        if int(row["seed"]) not in protocol.seeds:
+            continue
+        measured = found.setdefault(row["method"], {}).setdefault(row["task"], Measured())
+        measured.accuracies.append(100 * float(row["accuracy"]))
+        measured.points.append(row["point"])
+        if row["trained_parameters"]:
+            measured.trained, measured.backbone = int(row["trained_parameters"]), int(row["backbone_parameters"])
+    return found
+
+
+def mean_of(tasks: dict[str, Measured], names: list[str]) -> float | None:
+    """The mean of some tasks' means; None if the method lacks one of them."""
+    if not names or any(name not in tasks for name in names):
+        return None
+    return fmean(tasks[name].mean for name in names)
+
+
+def wins(tasks: dict[str, Measured], rival: dict[str, Measured], names: list[str]) -> int | None:
+    """Tasks whose mean is strictly above the rival's; None if either lacks one."""
+    if not names or any(name not in tasks or name not in rival for name in names):
+        return None
+    return sum(tasks[name].mean > rival[name].mean for name in names)
+
+
+def total_parameters(method: str, tasks: dict[str, Measured], names: list[str]) -> float | None:
+    """Parameters to keep for all tasks, in backbones: what each task trains, and one backbone unless all of it is."""
+    if not names or any(name not in tasks or not tasks[name].backbone for name in names):
+        return None
+    backbone = tasks[names[0]].backbone
+    own = sum(tasks[name].trained for name in names) / backbone
+    return own if method == "full" else own + 1

@@ -1,0 +1,158 @@
+"""A list of runs, each done once by whichever worker takes it: a grid as an Optuna study.
+
+Every run is a waiting trial that is enqueued once. Workers on any machines that share the storage take them one by one.
+A worker that dies stops beating; its trial is failed and enqueued again, and what its run had reached is continued
+where the checkpoints are at hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from bench.tables.errors import TableError
+from bench.tables.job import Job
+from bench.tables.results import Results
+
+# Seconds between two signs of life of a worker, and after how many it is taken for dead.
+_HEARTBEAT, _GRACE = 30, 120
+_RETRIES = 3
+# On every trial that is wanted; what Optuna draws of itself has it not.
+_ASKED = "asked"
+
+
+def storage(url: str | None, folder: Path):
+    """Where studies are kept.
+
+    Args:
+        url: any that Optuna knows; None for an SQLite file in the folder.
+        folder: of the results.
+
+    Raises:
+        TableError: it cannot be opened.
+    """
+    import optuna
+    from sqlalchemy.exc import SQLAlchemyError
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if url is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        url = f"sqlite:///{folder / 'studies.db'}"
+    # Another worker may be writing: SQLite waits for it this long.
+    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    # Heartbeats are called experimental, and have been for years.
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=_RETRIES)
+    try:
+        return optuna.storages.RDBStorage(
+            url, options, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE, heartbeat_stale_trial_callback=retry
+        )
+    except (SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
+        raise TableError(f"--storage {url}: cannot be opened: {_first_line(error)}") from error
+
+
+def run_all(jobs: Sequence[Job], results: Results, runs: Path, store, advance: Callable[[Job], None]) -> None:
+    """Have every job in the results: done here, done before, or done by another worker meanwhile.
+
+    Args:
+        jobs: the runs, in the order in which they are to begin.
+        results: where their rows go.
+        runs: folder of the runs' folders.
+        store: from `storage`.
+        advance: called with every job that is done, whoever did it.
+
+    Raises:
+        TableError: the storage or the results cannot be written.
+        FastPEFTError: a run cannot begin.
+    """
+    import optuna
+    from optuna.trial import TrialState
+    from sqlalchemy.exc import SQLAlchemyError
+
+    jobs = list(jobs)
+    said: set[int] = set()
+
+    def say_done() -> list[int]:
+        rows = {tuple(row[name] for name in jobs[0].key()) for row in results.rows()}
+        left = []
+        for number, job in enumerate(jobs):
+            if tuple(str(value) for value in job.key().values()) not in rows:
+                left.append(number)
+            elif number not in said:
+                said.add(number)
+                advance(job)
+        return left
+
+    if not jobs or not say_done():
+        return
+    names = [str(job) for job in jobs]
+    choices = {"run": names}
+
+    def objective(trial: optuna.Trial) -> float:
+        job = jobs[names.index(trial.suggest_categorical("run", choices["run"]))]
+        if _ASKED not in trial.user_attrs or _taken(trial):
+            # Between two workers' looks at the queue its last trial went: what Optuna draws instead is not wanted.
+            raise optuna.TrialPruned
+        found = results.find(**job.key())
+        if found is None:
+            row = job.run(runs)
+            results.add(row)
+            job.clear(runs)
+            found = {name: str(value) for name, value in row.items()}
+        return float(found["accuracy"])
+
+    try:
+        study = optuna.create_study(
+            storage=store, study_name=_name(jobs), direction="maximize", load_if_exists=True,
+            sampler=optuna.samplers.RandomSampler(),
+        )  # fmt: skip
+        for number in say_done():
+            study.enqueue_trial({"run": names[number]}, {_ASKED: True}, skip_if_exists=True)
+        while say_done():
+            waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+            if not waiting:
+                optuna.storages.fail_stale_trials(study)
+                if study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+                    continue
+                left = say_done()
+                if not left:
+                    break
+                if study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                    _wait()
+                    continue
+                # Rows that were removed from the results, or trials that failed too often: once more from the start.
+                for number in left:
+                    study.enqueue_trial({"run": names[number]}, {_ASKED: True}, skip_if_exists=False)
+            study.optimize(objective, n_trials=1)
+    except SQLAlchemyError as error:
+        raise TableError(
+            f"the storage of the studies failed: {_first_line(error)}; what was measured is in {results.path}, the "
+            "same command goes on from there"
+        ) from error
+
+
+def _taken(trial) -> bool:
+    """Whether an earlier trial of the same run is being done: two workers may have enqueued it at once."""
+    from optuna.trial import TrialState
+
+    running = trial.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    return any(other.number < trial.number and other.params.get("run") == trial.params["run"] for other in running)
+
+
+def _wait() -> None:
+    import time
+
+    time.sleep(1.0)
+
+
+def _name(jobs: Sequence[Job]) -> str:
+    """Of the study that holds these runs and no others."""
+    job = jobs[0]
+    digest = hashlib.sha256("\n".join(f"{job} {job.backbone} {job.protocol.name}" for job in jobs).encode()).hexdigest()
+    return f"{job.task}/{job.row.name}/{job.stage}/{digest[:12]}"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

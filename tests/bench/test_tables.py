@@ -1,0 +1,255 @@
+"""The papers' tables: names, grids, results that survive, statistics, layout."""
+
+from __future__ import annotations
+
+import csv
+import os
+
+import pytest
+
+pytest.importorskip("optuna")
+
+from bench.tables import cells, statistics, study
+from bench.tables.__main__ import main
+from bench.tables.errors import TableError
+from bench.tables.job import Backbone, Job
+from bench.tables.layout import Entry, Layout
+from bench.tables.measured import collect, total_parameters, wins
+from bench.tables.protocol import ROWS, SEEDS, Protocol, batch_size, best, method
+from bench.tables.results import FIELDS, KEY, Results, point_of, point_text
+from bench.tables.tasks import TASKS, find
+from fastpeft.data import DataError
+
+PAPER = Protocol.of("vit_base_patch16_224", quick=False, seeds=5)
+
+
+def line(**values) -> dict[str, object]:
+    row = dict.fromkeys(FIELDS, "")
+    return row | {"task": "svhn", "method": "full", "stage": "final", "seed": 42, "accuracy": 0.5} | values
+
+
+def test_the_papers_grids():
+    grid = {name: list(PAPER.grid(row)) for name, row in ROWS.items()}
+    assert len(grid["full"]) == 16 and len(grid["linear"]) == 40
+    assert len(grid["vpt-deep"]) == 240 and len(grid["vpt-shallow"]) == 336 and len(grid["adapter"]) == 48
+    assert grid["linear"][0] == {"base_lr": 50.0, "weight_decay": 0.01}
+    assert PAPER.epochs == 100 and PAPER.warmup_epochs == 10 and PAPER.seeds == SEEDS
+    assert Protocol.of("vit_huge_patch14_224", False, 5).epochs == 50
+    assert Protocol.of("x", True, 7).seeds == (*SEEDS, 801, 802)
+    assert batch_size(ROWS["vpt-deep"], {"length": 100}) == 64 and batch_size(ROWS["vpt-deep"], {"length": 50}) == 128
+    assert method(ROWS["vpt-shallow"], {"length": 5}) == {"name": "vpt", "deep": False, "length": 5}
+
+
+def test_equals_go_to_the_smaller_rate():
+    points = [({"base_lr": rate}, score) for rate, score in ((5.0, 0.8), (1.0, 0.8), (0.1, 0.7))]
+    assert best(points) == {"base_lr": 1.0}
+
+
+def test_every_row_has_the_papers_cells():
+    for name in ROWS:
+        assert cells.cell("vpt_table01", method=name, task="group_mean", group="natural", metric="accuracy").value > 50
+    assert cells.cell("vpt_table13", method="vpt-deep", task="cifar100", metric="accuracy").value == 78.8
+    for task in TASKS:
+        assert cells.cell("vpt_table13", method="full", task=task.name, metric="accuracy") is not None, task
+    assert str(cells.cell("vpt_table13", method="mlp-2", task="cifar100", metric="accuracy")).endswith("?")
+    assert cells.cell("vpt_table13", method="none") is None
+
+
+def test_points_are_read_as_they_are_written():
+    for point in PAPER.grid(ROWS["vpt-shallow"]):
+        assert point_of(point_text(point)) == point
+
+
+def test_a_row_is_kept_once_and_whole(tmp_path):
+    results = Results(tmp_path / "deep" / "results.csv")
+    assert results.rows() == []
+    results.add(line())
+    results.add(line(accuracy=0.9))
+    results.add(line(seed=44, point="base_lr=1;weight_decay=0"))
+    assert [row["accuracy"] for row in results.rows()] == ["0.5", "0.5"]
+    assert results.has(task="svhn", seed=44) and not results.has(seed=82)
+
+
+def test_the_beginning_of_a_line_that_a_killed_process_left(tmp_path):
+    results = Results(tmp_path / "results.csv")
+    results.add(line())
+    whole = results.path.read_bytes()
+    for cut in range(len(whole.splitlines(keepends=True)[0]) + 1, len(whole)):
+        results.path.write_bytes(whole[:cut])
+        assert results.rows() == []
+        results.add(line())
+        assert results.path.read_bytes() == whole
+
+
+def test_a_file_of_something_else(tmp_path):
+    (tmp_path / "results.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(TableError, match=r"results\.csv: its columns are not those"):
+        Results(tmp_path / "results.csv").rows()
+    (tmp_path / "other.csv").write_text(",".join(FIELDS) + "\nsvhn,full\n")
+    with pytest.raises(TableError, match=r"other\.csv:2: expected 18 fields"):
+        Results(tmp_path / "other.csv").rows()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    results = Results(tmp_path / "results.csv")
+    results.add(line())
+    before = results.path.read_bytes()
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(TableError, match="cannot be written: No space left on device"):
+        results.add(line(seed=44))
+    assert results.path.read_bytes() == before
+
+
+def test_significance_is_scipys():
+    from scipy import stats
+
+    ours = {task: [a, a + 1] for task, a in zip("abcdef", (3.0, 4.0, 8.0, 1.0, 7.0, 9.0), strict=True)}
+    rival = {task: [a] for task, a in zip("abcdex", (2.0, 5.5, 3.0, 1.0, 6.0, 0.0), strict=True)}
+    found = statistics.wilcoxon(ours, rival)
+    means = [(3.5, 2.0), (4.5, 5.5), (8.5, 3.0), (1.5, 1.0), (7.5, 6.0)]
+    assert found.count == 5
+    assert found.p == stats.wilcoxon(*zip(*means, strict=True), alternative="greater").pvalue
+    every = {str(i): [float(i)] for i in range(19)}
+    # Better on all 19 tasks: the paper's smallest p.
+    assert statistics.wilcoxon({k: [v[0] + 1 + v[0] / 100] for k, v in every.items()}, every).p == 2**-19
+    assert statistics.wilcoxon(every, every) is None and statistics.wilcoxon(every, {}) is None
+    a, b = [70.1, 70.9, 71.0], [69.0, 70.0, 68.0]
+    assert statistics.welch(a, b).p == stats.ttest_ind(a, b, equal_var=False, alternative="greater").pvalue
+    assert statistics.welch(a, b[:1]) is None
+
+
+def test_what_the_results_say():
+    rows = [
+        {key: str(value) for key, value in line(**values).items()}
+        for values in (
+            {"accuracy": 0.5, "backbone": "b", "image_size": 8, "protocol": "paper-100", "trained_parameters": 110,
+             "backbone_parameters": 100},
+            {"accuracy": 0.7, "seed": 44, "backbone": "b", "image_size": 8, "protocol": "paper-100"},
+            {"accuracy": 0.9, "seed": 44, "backbone": "b", "image_size": 8, "protocol": "quick-10"},
+            {"accuracy": 0.9, "seed": 44, "backbone": "c", "image_size": 8, "protocol": "paper-100"},
+            {"accuracy": 0.9, "stage": "search", "backbone": "b", "image_size": 8, "protocol": "paper-100"},
+            {"accuracy": 0.8, "method": "bias", "backbone": "b", "image_size": 8, "protocol": "paper-100",
+             "trained_parameters": 2, "backbone_parameters": 100},
+        )
+    ]  # fmt: skip
+    found = collect(rows, Backbone("b", None, 8), PAPER)
+    assert found["full"]["svhn"].mean == pytest.approx(60) and found["full"]["svhn"].accuracies == [50.0, 70.0]
+    assert wins(found["bias"], found["full"], ["svhn"]) == 1 and wins(found["bias"], {}, ["svhn"]) is None
+    assert total_parameters("full", found["full"], ["svhn"]) == 1.1
+    assert total_parameters("bias", found["bias"], ["svhn"]) == 1.02
+
+
+def test_markdown_and_latex():
+    table = Layout("A_b", ("method", "x"), [("one", [Entry("1 ± 2", 1.0, "3")]), ("two", [Entry("5%", 5.0)])], ["n"])
+    assert "| one | 1 ± 2 (3) |\n| two | **5%** |" in table.markdown()
+    latex = table.latex()
+    assert r"\caption{A\_b}" in latex and r"one & 1 $\pm$ 2 {\scriptsize (3)} \\" in latex
+    assert r"two & \textbf{5\%} \\" in latex
+
+
+def test_which_tasks_a_folder_has(vtab):
+    tasks, missing = find(vtab)
+    assert {task.name: folder for task, folder in tasks.items()} == {"cifar100": "cifar", "eurosat": "eurosat"}
+    assert len(missing) == 17
+    assert [task.name for task in find(vtab, ["cifar"])[0]] == ["cifar100"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["vpt-l"], "unknown table 'vpt-l'; did you mean 'vpt-1'?"),
+        (["vpt-1", "--methods", "vptdeep"], "unknown method 'vptdeep'; did you mean 'vpt-deep'?"),
+        (["vpt-1", "--tasks", "eurosatt"], "unknown task 'eurosatt'; did you mean 'eurosat'?"),
+        (["vpt-1", "--tasks", "svhn"], "no folder for svhn"),
+        (["vpt-1", "--seeds", "0"], "--seeds must be at least 1"),
+        (["vpt-1", "--storage", "nonsense"], "--storage nonsense: cannot be opened"),
+    ],
+)
+def test_requests_that_cannot_be_served(arguments, message, vtab, tmp_path, capsys):
+    place = ["--backbone", "vit_tiny_patch16_224", "--data", str(vtab), "--out", str(tmp_path / "out")]
+    assert main([*arguments, *place]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_broken_list_ends_everything_before_it_starts(vtab, tmp_path, capsys):
+    (vtab / "eurosat" / "val200.txt").write_text("images/0.png 4\n")
+    place = ["--backbone", "vit_tiny_patch16_224", "--data", str(vtab), "--out", str(tmp_path / "out")]
+    assert main(["vpt-1", *place]) == 2
+    assert "val200.txt:1: label 4 is out of range" in capsys.readouterr().err
+    (vtab / "eurosat" / "val200.txt").unlink()
+    with pytest.raises(DataError, match=r"val200\.txt: list file not found"):
+        find(vtab)
+    assert not (tmp_path / "out").exists()
+
+
+def jobs(vtab, row="linear", points=2):
+    quick = Protocol(2, 1, True, (42,))
+    chosen = list(PAPER.grid(ROWS[row]))[:points]
+    backbone = Backbone("vit_tiny_patch16_224", "random", 32)
+    return [Job(backbone, vtab, "eurosat", "eurosat", ROWS[row], quick, "search", tuple(p.items()), 0) for p in chosen]
+
+
+def test_runs_are_done_once_whoever_asks(vtab, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(Job, "run", lambda self, runs: trained.append(self) or self.key() | rest())
+
+    def rest():
+        return {name: "1" for name in FIELDS if name not in KEY}
+
+    results, said = Results(tmp_path / "results.csv"), []
+    todo = jobs(vtab, points=5)
+    for _ in range(2):
+        study.run_all(todo, results, tmp_path, study.storage(None, tmp_path), said.append)
+    assert trained == todo and len(said) == 10
+    # A row that is lost is measured again; another's that is there is not.
+    lines = results.path.read_text().splitlines(keepends=True)
+    results.path.write_text("".join(lines[:3]))
+    study.run_all(todo, results, tmp_path, study.storage(None, tmp_path), said.append)
+    assert trained == todo + todo[2:]
+
+
+def test_a_real_run_and_one_that_diverges(vtab, tmp_path, monkeypatch):
+    job = jobs(vtab)[0]
+    row = job.run(tmp_path / "runs")
+    assert row.keys() == set(FIELDS) and 0 <= float(row["accuracy"]) <= 1 and int(row["trained_parameters"]) > 0
+    # Until its row is kept, a finished run is there to be asked again.
+    assert job.run(tmp_path / "runs") == row
+    job.clear(tmp_path / "runs")
+    assert not list((tmp_path / "runs").iterdir())
+    from fastpeft.trainer import session
+    from fastpeft.trainer.loop import DivergedError
+
+    def diverge(*arguments):
+        raise DivergedError("the loss is nan")
+
+    monkeypatch.setattr(session, "run", diverge)
+    assert job.run(tmp_path / "runs")["accuracy"] == "0"
+
+
+def test_a_table_from_nothing_and_again_from_its_results(vtab, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["vpt-1", "--backbone", "vit_tiny_patch16_224@random", "--image-size", "32", "--data", str(vtab)]
+    command += ["--out", str(out), "--quick", "--epochs", "2", "--seeds", "2", "--tasks", "eurosat"]
+    assert main([*command, "--methods", "linear", "bias", "sidetune"]) == 0
+    said = capsys.readouterr().out
+    assert "not in the library, left out: sidetune" in said and "thinned grid, 2 epochs" in said
+    with (out / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["stage"] for row in rows] == ["search"] * 2 + ["final"] * 2 + ["search"] * 2 + ["final"] * 2
+    kept = {path.name: path.read_bytes() for path in out.glob("vpt-1.*")}
+    assert set(kept) == {"vpt-1.md", "vpt-1.tex"} and b"eurosat" not in kept["vpt-1.md"]
+    for path in out.glob("vpt-1.*"):
+        path.unlink()
+    assert main([*command, "--methods", "linear", "bias", "sidetune", "--tabulate"]) == 0
+    assert {path.name: path.read_bytes() for path in out.glob("vpt-1.*")} == kept
+    assert main([*command, "--methods", "linear", "bias", "sidetune"]) == 0
+    assert len(Results(out / "results.csv").rows()) == len(rows)
+    for name in ("vpt-13", "vpt-10", "vpt-fig16"):
+        assert main([name, *command[1:], "--tabulate"]) == 0
+        assert (out / f"{name}.md").is_file()
