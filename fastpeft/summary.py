@@ -79,8 +79,9 @@ def summary(model: nn.Module) -> Summary:
     packed = 0
     looked_into: set[str] = set()
     for prefix, host in hosts(model):
+        device = next((parameter.device for parameter in host.parameters()), None)
         for operator, wish in host.fastpeft_host.backends.items():
-            backends[operator] = "reference" if is_reference(operator, wish) else wish
+            backends[operator] = "reference" if is_reference(operator, wish, device) else wish
         packed += sum(packs.bytes for packs in packs_of(host))
         for block in view_of(host).blocks:
             path = prefix + block.path

@@ -83,5 +83,5 @@ def test_as_text():
     found = fastpeft.summary(fastpeft.patch(vit(), METHODS["vpt-deep"]))
     assert f"{found.trainable:,} parameters" in text and f"{found.share:.3%}" in text and f"{found.total:,}" in text
     assert "fused       3 blocks: attention + mlp + vpt" in text
-    assert "prompt_attention: reference" in text
+    assert "prompt_attention: auto" in text and "lora_linear: reference" in text
     assert len(text.splitlines()) == 5
