@@ -8,6 +8,10 @@ where the checkpoints are at hand.
 from __future__ import annotations
 
 import hashlib
+import os
+import random
+import socket
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +25,8 @@ _HEARTBEAT, _GRACE = 30, 120
 _RETRIES = 3
 # On every trial that is wanted; what Optuna draws of itself has it not.
 _ASKED = "asked"
+# Who does a trial: machine and process.
+_WORKER = "worker"
 
 
 def storage(url: str | None, folder: Path):
@@ -45,12 +51,23 @@ def storage(url: str | None, folder: Path):
     # Heartbeats are called experimental, and have been for years.
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=_RETRIES)
-    try:
-        return optuna.storages.RDBStorage(
-            url, options, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE, heartbeat_stale_trial_callback=retry
-        )
-    except (SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
-        raise TableError(f"--storage {url}: cannot be opened: {_first_line(error)}") from error
+    for last in (False, False, False, True):
+        try:
+            return optuna.storages.RDBStorage(
+                url, options, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE, heartbeat_stale_trial_callback=retry
+            )
+        except SQLAlchemyError as error:
+            # Two workers that begin at once both make the tables: one of them finds the other's a moment later.
+            if last:
+                raise _not_opened(url, error) from error
+            time.sleep(random.uniform(0.2, 1.0))
+        except (ImportError, ValueError, RuntimeError) as error:
+            raise _not_opened(url, error) from error
+    raise AssertionError("unreachable")
+
+
+def _not_opened(url: str, error: BaseException) -> TableError:
+    return TableError(f"--storage {url}: cannot be opened: {_first_line(error)}")
 
 
 def run_all(jobs: Sequence[Job], results: Results, runs: Path, store, advance: Callable[[Job], None]) -> None:
@@ -97,6 +114,7 @@ def run_all(jobs: Sequence[Job], results: Results, runs: Path, store, advance: C
             raise optuna.TrialPruned
         found = results.find(**job.key())
         if found is None:
+            trial.set_user_attr(_WORKER, _me())
             row = job.run(runs)
             results.add(row)
             job.clear(runs)
@@ -114,13 +132,14 @@ def run_all(jobs: Sequence[Job], results: Results, runs: Path, store, advance: C
             waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
             if not waiting:
                 optuna.storages.fail_stale_trials(study)
+                _fail_the_dead(study)
                 if study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
                     continue
                 left = say_done()
                 if not left:
                     break
                 if study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-                    _wait()
+                    time.sleep(1.0)
                     continue
                 # Rows that were removed from the results, or trials that failed too often: once more from the start.
                 for number in left:
@@ -141,10 +160,24 @@ def _taken(trial) -> bool:
     return any(other.number < trial.number and other.params.get("run") == trial.params["run"] for other in running)
 
 
-def _wait() -> None:
-    import time
+def _me() -> str:
+    return f"{socket.gethostname()} {os.getpid()}"
 
-    time.sleep(1.0)
+
+def _fail_the_dead(study) -> None:
+    """Fail what workers of this machine had begun that are gone, without waiting for their hearts to have stopped."""
+    from optuna.trial import TrialState
+
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        host, _, process = trial.user_attrs.get(_WORKER, "").partition(" ")
+        if (
+            host == socket.gethostname()
+            and process
+            and not Path(f"/proc/{process}").exists()
+            and Path("/proc").exists()
+        ):
+            # Another worker may have said so meanwhile.
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
 
 def _name(jobs: Sequence[Job]) -> str:
