@@ -21,7 +21,7 @@ from bench.tables.errors import TableError, unknown
 from bench.tables.job import Backbone, Job
 from bench.tables.measured import collect
 from bench.tables.protocol import ROWS, Protocol, Row, best
-from bench.tables.results import Results, point_of
+from bench.tables.results import Results
 from bench.tables.tasks import Task, find
 from bench.tables.vtab import TABLES, TableSpec, differences
 from fastpeft.errors import FastPEFTError
@@ -137,12 +137,12 @@ def _tabulate(
 ) -> None:
     """Write the table of what is in the results."""
     groups_of = {task.name: task.group for task in tasks}
-    rows = [row for row in results.rows() if row["task"] in groups_of and point_of(row["point"])]
+    rows = [row for row in results.rows() if row["task"] in groups_of]
     table = spec.lay_out(collect(rows, backbone, protocol), groups_of, methods)
     table.title = f"{spec.title}. {table.title}: {backbone.name} at {backbone.image_size} px"
     table.notes.insert(0, f"Protocol: {protocol.describe()}.")
     table.notes.append("In round brackets the paper's number; a question mark where its reading is uncertain.")
-    table.notes += differences(backbone.name, backbone.weights, backbone.image_size, groups_of)
+    table.notes += differences(backbone.name, backbone.image_size, groups_of)
     options.out.mkdir(parents=True, exist_ok=True)
     text = table.markdown()
     (options.out / f"{options.name}.md").write_text(text, encoding="utf-8")

@@ -91,6 +91,8 @@ class Job:
         model: dict[str, Any] = {"name": self.backbone.name, "image_size": self.backbone.image_size}
         if self.backbone.weights is not None:
             model["weights"] = self.backbone.weights
+        # The search looks at the validation images alone: one test image is the least that the trainer takes.
+        test = {"test_size": 1} if self.stage == "search" else {}
         return Config.model_validate(
             {
                 "model": model,
@@ -100,6 +102,7 @@ class Job:
                     "task": self.folder,
                     "protocol": self.stage,
                     "resize": self.resize,
+                    **test,
                 },
                 "method": protocols.method(self.row, point),
                 "train": {

@@ -91,5 +91,5 @@ def _escape(text: str) -> str:
         ("\\", r"\textbackslash{}"), ("&", r"\&"), ("%", r"\%"), ("_", r"\_"), ("#", r"\#"), ("$", r"\$"),
         ("±", r"$\pm$"), ("<", r"$<$"), (">", r"$>$"),
     ):  # fmt: skip
-        text = text.replace(plain, escaped) if plain != "$" else text
+        text = text.replace(plain, escaped)
     return text

@@ -105,10 +105,9 @@ def run_all(jobs: Sequence[Job], results: Results, runs: Path, store, advance: C
     if not jobs or not say_done():
         return
     names = [str(job) for job in jobs]
-    choices = {"run": names}
 
     def objective(trial: optuna.Trial) -> float:
-        job = jobs[names.index(trial.suggest_categorical("run", choices["run"]))]
+        job = jobs[names.index(trial.suggest_categorical("run", names))]
         if _ASKED not in trial.user_attrs or _taken(trial):
             # Between two workers' looks at the queue its last trial went: what Optuna draws instead is not wanted.
             raise optuna.TrialPruned

@@ -120,7 +120,7 @@ TABLES = {
 }
 
 
-def differences(backbone: str, weights: str | None, image_size: int, groups_of: Mapping[str, str]) -> list[str]:
+def differences(backbone: str, image_size: int, groups_of: Mapping[str, str]) -> list[str]:
     """Why the papers' numbers are not these runs', in sentences; empty where only the seeds differ."""
     found = []
     if backbone != _PAPERS_BACKBONE or image_size != 224:

@@ -64,7 +64,7 @@ FASTPEFT_INLINE void parallel(int threads, const Work& work) {
 }
 
 // Memory at a page's beginning; a large piece in pages of 2 MiB where the system has them, since a product that strides
-// through small ones spends a tenth of its time on addresses.
+// through small ones waits for their addresses.
 inline void* pages(size_t bytes) {
 #if defined(__linux__)
   constexpr size_t kLarge = size_t{2} << 20;

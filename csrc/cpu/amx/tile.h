@@ -72,7 +72,7 @@ FASTPEFT_INLINE void store_sums(float* sums) {
 }
 
 // Stores the sums of one product and loads those of the next (null: zeros) tile by tile, so that the matrix unit can begin
-// with the next product's first tile while the last ones are on their way out: a twelfth of a product of shallow depth.
+// with the next product's first tile while the last ones are on their way out.
 FASTPEFT_INLINE void swap_sums(float* sums, const float* next) {
   if (next == nullptr) {
     store_sums(sums);
