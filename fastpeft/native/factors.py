@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastpeft import _native
-from fastpeft.native.blocked import BLOCK
+from fastpeft.native.blocked import BLOCK, blocks
 from fastpeft.native.gemm import Matrix, check, pointer
+from fastpeft.native.memory import pool
 
 
 class _Factors(ctypes.Structure):
@@ -20,6 +21,7 @@ class _Factors(ctypes.Structure):
         ("right", Matrix),
         ("statistics", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
+        ("parts", ctypes.c_int64),
         ("threads", ctypes.c_int32),
     ]
 
@@ -40,10 +42,11 @@ def factors(left: Tensor, right: Tensor, rows: int, statistics: Tensor | None = 
     """
     width = left.shape[1] * BLOCK
     columns = right.shape[1] * (BLOCK if right.dim() == 4 else 1)
-    out = torch.empty(width, columns)
+    threads = torch.get_num_threads()
+    parts = min(threads, blocks(rows))
+    out = pool.empty(parts, width, columns, dtype=torch.float32)
     call = _Factors(
-        rows, width, columns, Matrix.of(left), Matrix.of(right), pointer(statistics), out.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
+        rows, width, columns, Matrix.of(left), Matrix.of(right), pointer(statistics), out.data_ptr(), parts, threads
+    )
     check(_function()(ctypes.byref(call)))
-    return out
+    return out[0] if parts == 1 else out.sum(0)

@@ -67,6 +67,38 @@ FASTPEFT_INLINE void store_piece(const Heads& m, int64_t dim, int64_t b, int64_t
   half(column + 16, _mm512_extracti64x4_epi64(x, 1));
 }
 
+// Whether columns [column, column + 32) of every row are 64 bytes in a piece.
+FASTPEFT_INLINE bool in_lines(const Heads& m, int64_t dim, int64_t h, int64_t column) {
+  if (dim - column < kBlock) return false;
+  return m.layout == kRowMajor || (m.head + h * dim + column) % kBlock == 0;
+}
+
+// Calls with(r, line) for the lines of rows [i, i + count), where `in_lines`: at most two runs of even distance.
+template <class With>
+FASTPEFT_INLINE void each_line(const Heads& m, int64_t dim, int64_t b, int64_t h, int64_t i, int64_t count, int64_t column,
+                               const With& with) {
+  bf16* line = piece_of(m, dim, b, h, i, column);
+  if (m.layout == kRowMajor) {
+    for (int64_t r = 0; r < count; ++r, line += m.row) with(r, line);
+    return;
+  }
+  const int64_t here = smaller(count, kBlock - (b * m.batch + i) % kBlock);
+  for (int64_t r = 0; r < here; ++r, line += kBlock) with(r, line);
+  line += (m.row - 1) * kBlockSize;
+  for (int64_t r = here; r < count; ++r, line += kBlock) with(r, line);
+}
+
+// Stores columns [column, column + 32) of rows [i, i + count): those of row r are row(r).
+template <class RowOf>
+FASTPEFT_INLINE void store_pieces(const Heads& m, int64_t dim, int64_t b, int64_t h, int64_t i, int64_t count,
+                                  int64_t column, const RowOf& row) {
+  if (in_lines(m, dim, h, column)) {
+    each_line(m, dim, b, h, i, count, column, [&](int64_t r, bf16* line) { _mm512_storeu_si512(line, row(r)); });
+    return;
+  }
+  for (int64_t r = 0; r < count; ++r) store_piece(m, dim, b, h, i + r, column, row(r));
+}
+
 // Rows of a head that follow on each other: tokens, then prompts, then zeros.
 struct Source {
   const Heads *tokens, *prompts;
@@ -78,7 +110,13 @@ struct Source {
     return _mm512_setzero_si512();
   }
   FASTPEFT_INLINE void rows(int64_t block, int64_t column, __m512i out[kBlock]) const {
-    for (int64_t r = 0; r < kBlock; ++r) out[r] = piece(block * kBlock + r, column);
+    const int64_t first = block * kBlock;
+    int64_t done = 0;
+    if (first < token_rows && in_lines(*tokens, dim, h, column)) {
+      done = smaller(kBlock, token_rows - first);
+      each_line(*tokens, dim, b, h, first, done, column, [&](int64_t r, const bf16* line) { out[r] = _mm512_loadu_si512(line); });
+    }
+    for (int64_t r = done; r < kBlock; ++r) out[r] = piece(first + r, column);
   }
 };
 

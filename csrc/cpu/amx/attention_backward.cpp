@@ -179,16 +179,20 @@ class Backward {
         multiply_step(left + i * kBlockSize, right + (w * n_.queries + i) * kBlockSize);
       float* sums = sums_ + (4 + (w & 1)) * kSums;
       store_sums(sums);
-      for (int64_t r = 0; r < count; ++r) {
+      const int64_t column = w * kBlock, row = j * kBlock, own = row < a_.tokens ? smaller(count, a_.tokens - row) : 0;
+      const auto narrowed = [&](int64_t r) {
         const Row s = sums_of(sums, r);
-        const int64_t row = j * kBlock + r, column = w * kBlock;
-        if (row < a_.tokens) {
-          if (tokens.data != nullptr) store_piece(tokens, a_.dim, b, h, row, column, narrow(s.low, s.high));
-        } else if (prompts.data != nullptr) {
-          store_piece(prompts, a_.dim, b, h, row - a_.tokens, column, narrow(s.low, s.high));
+        return narrow(s.low, s.high);
+      };
+      if (tokens.data != nullptr) store_pieces(tokens, a_.dim, b, h, row, own, column, narrowed);
+      for (int64_t r = own; r < count; ++r) {
+        const int64_t prompt = row + r - a_.tokens;
+        if (prompts.data != nullptr) {
+          store_piece(prompts, a_.dim, b, h, prompt, column, narrowed(r));
         } else if (prompt_sums != nullptr) {
-          add(prompt_sums + (row - a_.tokens) * a_.dim + column, a_.dim - column, s.low);
-          add(prompt_sums + (row - a_.tokens) * a_.dim + column + 16, a_.dim - column - 16, s.high);
+          const Row s = sums_of(sums, r);
+          add(prompt_sums + prompt * a_.dim + column, a_.dim - column, s.low);
+          add(prompt_sums + prompt * a_.dim + column + 16, a_.dim - column - 16, s.high);
         }
       }
     }
@@ -217,12 +221,11 @@ class Backward {
           }
           transpose(low);
           transpose(high);
-          for (int64_t r = 0; r < 16; ++r) {
-            const int64_t row = i * kBlock + half * 16 + r;
-            if (row >= a_.queries) break;
-            const __m512i x = narrow(_mm512_castsi512_ps(low[r]), _mm512_castsi512_ps(high[r]));
-            store_piece(a_.dq, a_.dim, b, h, row, w * kBlock, x);
-          }
+          const int64_t row = i * kBlock + half * 16;
+          if (row < a_.queries)
+            store_pieces(a_.dq, a_.dim, b, h, row, smaller<int64_t>(16, a_.queries - row), w * kBlock, [&](int64_t r) {
+              return narrow(_mm512_castsi512_ps(low[r]), _mm512_castsi512_ps(high[r]));
+            });
         }
       }
   }

@@ -98,12 +98,11 @@ class Forward {
 
   // Rows of a product with values, divided.
   FASTPEFT_INLINE void finish(int64_t b, int64_t h, int64_t i, int64_t w, int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const Row s = sums_of(sums_[w & 1], r);
-      const __m512 factor = constant(factors_[r]);
-      const __m512i x = narrow(_mm512_mul_ps(s.low, factor), _mm512_mul_ps(s.high, factor));
-      store_piece(a_.out, a_.dim, b, h, i * kBlock + r, w * kBlock, x);
-    }
+    store_pieces(a_.out, a_.dim, b, h, i * kBlock + begin, end - begin, w * kBlock, [&](int64_t r) {
+      const Row s = sums_of(sums_[w & 1], begin + r);
+      const __m512 factor = constant(factors_[begin + r]);
+      return narrow(_mm512_mul_ps(s.low, factor), _mm512_mul_ps(s.high, factor));
+    });
   }
 
   // From the largest scores and the denominators: their logarithms, and their reciprocals for the rows of the result.
