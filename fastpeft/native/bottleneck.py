@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpeft.native import blocked
+from fastpeft.native import blocked, one_pass
 from fastpeft.native.factors import factors
 from fastpeft.native.gemm import Weight, gemm
 from fastpeft.native.operand import column_sums, weight_backward, weight_forward
@@ -65,6 +65,19 @@ class Bottleneck:
         scale = self._adapter.scale
         return None if scale == 1.0 else torch.full((count,), scale)
 
+    def _bias(self) -> Tensor | None:
+        """Of the hidden units, with the LayerNorm's shift."""
+        bias = self._down_bias
+        bias = None if bias is None else bias.float()
+        if self._shift is not None:
+            moved = self._down.float() @ self._shift
+            bias = moved if bias is None else bias + moved
+        return None if bias is None else torch.nn.functional.pad(bias, (0, self._width - len(bias)))
+
+    @property
+    def _one_pass(self) -> bool:
+        return one_pass.fits(self._down.shape[1], self._width)
+
     def hidden(
         self, a: Tensor, rows: int, keep: bool, statistics: Tensor | None = None, epsilon: float = 0.0
     ) -> tuple[Tensor, Tensor | None]:
@@ -77,19 +90,31 @@ class Bottleneck:
             statistics: fp32 (2, rows), written, if a is to be normalised.
             epsilon: of that.
         """
-        bias = self._down_bias
-        bias = None if bias is None else bias.float()
-        if self._shift is not None:
-            moved = self._down.float() @ self._shift
-            bias = moved if bias is None else bias + moved
-        if bias is not None:
-            bias = torch.nn.functional.pad(bias, (0, self._width - len(bias)))
         h = blocked.empty(rows, self._width)
         slopes = blocked.empty(rows, self._width) if keep else None
         weight, _ = weight_forward(self._down, self._column_scale, None)
         options = {"statistics": statistics, "epsilon": epsilon}
-        gemm(a, weight, h, rows, bias, activation=self._adapter.activation, kept=slopes, **options)
+        gemm(a, weight, h, rows, self._bias(), activation=self._adapter.activation, kept=slopes, **options)
         return h, slopes
+
+    def behind(self, f: Tensor, other: Tensor | None, y: Tensor, rows: int, keep: bool) -> tuple[Tensor, Tensor | None]:
+        """y = other + f + A(f); hidden units and derivatives as `hidden` gives them.
+
+        Args:
+            f: blocked.
+            other: like y, or None.
+            y: (rows, d), written.
+            rows: of these.
+            keep: the derivative is needed.
+        """
+        if not self._one_pass:
+            h, slopes = self.hidden(f, rows, keep)
+            gemm(h, self.up(), y, rows, self.up_bias(), other=f, another=other)
+            return h, slopes
+        weight, _ = weight_forward(self._down, None, None)
+        return one_pass.forward(
+            f, weight, self._bias(), self._adapter.activation, self.up(), self.up_bias(), other, y, rows, keep
+        )
 
     def up(self) -> Weight:
         """Packed for h W_up^T."""
@@ -99,52 +124,59 @@ class Bottleneck:
         """scale * b_up."""
         return None if self._up_bias is None else self._up_bias.float() * self._adapter.scale
 
-    def backward_hidden(self, dy: Tensor, slopes: Tensor, rows: int) -> Tensor:
-        """Gradient of the activation's input, blocked."""
-        weight = weight_backward(self._up_filled, None, self._scales(self._up.shape[0]))
-        return gemm(dy, weight, blocked.empty(rows, self._width), rows, kept=slopes)
-
     def backward_input(self) -> Weight:
         """Packed for dz W_down."""
         return weight_backward(self._down, self._column_scale, None)
 
-    def gradients(
+    def backward(
         self,
+        dy: Tensor,
         a: Tensor,
         h: Tensor,
-        dy: Tensor,
-        dz: Tensor,
+        slopes: Tensor,
         rows: int,
         statistics: Tensor | None,
         needed: Sequence[bool],
-    ) -> list[Tensor | None]:
-        """Gradients of the four factors.
+        input_too: bool,
+    ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+        """The gradient of the activation's input, blocked; of f, if asked for; and of the four factors.
 
         Args:
+            dy: gradient of the branch.
             a: f, or x.
             h: blocked.
-            dy: gradient of the branch.
-            dz: blocked, from `backward_hidden`.
+            slopes: blocked.
             rows: of all of these.
             statistics: of x for a parallel adapter.
-            needed: which of them.
+            needed: which of the factors.
+            input_too: dy + dz W_down is wanted, of a serial adapter.
         """
         scale, hidden = self._adapter.scale, self._down.shape[0]
         needs_down, needs_down_bias, needs_up, needs_up_bias = needed
+        up_weight = weight_backward(self._up_filled, None, self._scales(self._up.shape[0]))
+        down_weight = self.backward_input() if input_too else None
+        if self._one_pass:
+            dz, df, down, up = one_pass.backward(
+                dy, a, h, slopes, up_weight, down_weight, rows, statistics, (needs_down, needs_up)
+            )
+        else:
+            dz = gemm(dy, up_weight, blocked.empty(rows, self._width), rows, kept=slopes)
+            df = None
+            if input_too:
+                df = gemm(dz, down_weight, blocked.empty(rows, dy.shape[1]), rows, other=dy)
+            down = factors(dz, a, rows, statistics) if needs_down else None
+            up = factors(h, dy, rows) if needs_up else None
         sums = None
         if needs_down_bias or (needs_down and self._shift is not None):
             sums = column_sums(dz, rows)
-        down = up = up_bias = None
         if needs_down:
-            down = factors(dz, a, rows, statistics)
             if self._column_scale is not None:
                 down *= self._column_scale
             if self._shift is not None:
                 down += sums[:, None] * self._shift
             down = down[:hidden]
         if needs_up:
-            up = factors(h, dy, rows)[:hidden].t() * scale
-        if needs_up_bias:
-            up_bias = column_sums(dy, rows) * scale
+            up = up[:hidden].t() * scale
+        up_bias = column_sums(dy, rows) * scale if needs_up_bias else None
         found = (down, sums[:hidden] if needs_down_bias else None, up, up_bias)
-        return [None if g is None else g.to(t.dtype) for g, t in zip(found, self._factors, strict=True)]
+        return dz, df, [None if g is None else g.to(t.dtype) for g, t in zip(found, self._factors, strict=True)]

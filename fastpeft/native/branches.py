@@ -226,9 +226,7 @@ def _last(
     if bottleneck.serial:
         f = blocked.empty(rows, width)
         u = low_rank.forward(layer, low, a, f, rows)
-        h, slopes = bottleneck.hidden(f, rows, keep)
-        gemm(h, bottleneck.up(), y, rows, bottleneck.up_bias(), other=f, another=x)
-        return y, u, _Kept(h, slopes, f)
+        return y, u, _Kept(*bottleneck.behind(f, other, y, rows, keep), f)
     h, slopes = bottleneck.hidden(x, rows, keep, torch.empty(2, rows), plan.epsilon)
     beside = {"a2": h, "extra": bottleneck.up(), "bias": bottleneck.up_bias()}
     return y, low_rank.forward(layer, None, a, y, rows, other=other, **beside), _Kept(h, slopes)
@@ -248,14 +246,13 @@ def _last_backward(
     if bottleneck is None:
         return dy, {}, []
     rows = dy.shape[0]
-    dz = bottleneck.backward_hidden(dy, kept.slopes, rows)
+    read = kept.read if bottleneck.serial else x
+    statistics = None if bottleneck.serial else statistics
+    dz, df, found = bottleneck.backward(
+        dy, read, kept.hidden, kept.slopes, rows, statistics, needed, bottleneck.serial and before
+    )
     if bottleneck.serial:
-        found = bottleneck.gradients(kept.read, kept.hidden, dy, dz, rows, None, needed)
-        if not before:
-            return None, {}, found
-        df = blocked.empty(rows, dy.shape[1])
-        return gemm(dz, bottleneck.backward_input(), df, rows, other=dy), {}, found
-    found = bottleneck.gradients(x, kept.hidden, dy, dz, rows, statistics, needed)
+        return df, {}, found
     return dy, {"a2": dz, "extra": bottleneck.backward_input()}, found
 
 

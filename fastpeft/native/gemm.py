@@ -16,7 +16,7 @@ from fastpeft import _native
 from fastpeft.native.blocked import BLOCK, blocks
 from fastpeft.native.memory import arena
 
-_ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "quick_gelu", "silu")
+ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "quick_gelu", "silu")
 _KEPT = {None: 0, torch.bfloat16: 1, torch.uint8: 2}
 _STORE, _RESIDUAL, _ACTIVATE, _SCALE = range(4)
 
@@ -167,7 +167,7 @@ def gemm(
         epsilon=epsilon,
         prologue=0 if statistics is None else 1,
         epilogue=epilogue,
-        activation=_ACTIVATIONS.index(activation or "identity"),
+        activation=ACTIVATIONS.index(activation or "identity"),
         keep=_KEPT[None if kept is None else kept.dtype],
         threads=torch.get_num_threads(),
     )

@@ -114,7 +114,7 @@ struct Source {
     int64_t done = 0;
     if (first < token_rows && in_lines(*tokens, dim, h, column)) {
       done = smaller(kBlock, token_rows - first);
-      each_line(*tokens, dim, b, h, first, done, column, [&](int64_t r, const bf16* line) { out[r] = _mm512_loadu_si512(line); });
+      each_line(*tokens, dim, b, h, first, done, column, [&](int64_t r, const bf16* line) { out[r] = opaque(_mm512_loadu_si512(line)); });
     }
     for (int64_t r = done; r < kBlock; ++r) out[r] = piece(first + r, column);
   }
@@ -124,21 +124,24 @@ struct Source {
 
 // Left factor: rows as they are.
 FASTPEFT_INLINE void put_left(const __m512i rows[kBlock], bf16* out) {
-  for (int64_t r = 0; r < kBlock; ++r) _mm512_store_si512(out + r * kBlock, rows[r]);
+  for (int64_t r = 0; r < kBlock; ++r) _mm512_store_si512(out + r * kBlock, opaque(rows[r]));
 }
 
 // Right factor whose columns are the rows: doublewords transposed.
 FASTPEFT_INLINE void put_right_transposed(const __m512i rows[kBlock], bf16* out) {
   for (int64_t half = 0; half < 2; ++half) {
     __m512i t[16];
+#pragma GCC unroll 16
     for (int64_t r = 0; r < 16; ++r) t[r] = rows[half * 16 + r];
     transpose(t);
+#pragma GCC unroll 16
     for (int64_t r = 0; r < 16; ++r) _mm512_store_si512(out + half * 512 + r * kBlock, t[r]);
   }
 }
 
 // Right factor whose depth are the rows: pairs of rows interleaved.
 FASTPEFT_INLINE void put_right(const __m512i rows[kBlock], bf16* out) {
+#pragma GCC unroll 4
   for (int64_t r = 0; r < kBlock; r += 2) {
     __m512i first, second;
     interleave(rows[r], rows[r + 1], &first, &second);
@@ -150,9 +153,11 @@ FASTPEFT_INLINE void put_right(const __m512i rows[kBlock], bf16* out) {
 // Left factor whose rows are the columns: interleaved, then transposed.
 FASTPEFT_INLINE void put_left_transposed(const __m512i rows[kBlock], bf16* out) {
   __m512i first[16], second[16];
+#pragma GCC unroll 16
   for (int64_t r = 0; r < 16; ++r) interleave(rows[2 * r], rows[2 * r + 1], &first[r], &second[r]);
   transpose(first);
   transpose(second);
+#pragma GCC unroll 16
   for (int64_t r = 0; r < 16; ++r) {
     _mm512_store_si512(out + r * kBlock, first[r]);
     _mm512_store_si512(out + (16 + r) * kBlock, second[r]);

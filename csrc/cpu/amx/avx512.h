@@ -19,6 +19,13 @@ FASTPEFT_INLINE void store(bf16* p, __m512 x) { _mm256_storeu_si256(reinterpret_
 FASTPEFT_INLINE __m512 low_half(__m512i x) { return widen(_mm512_castsi512_si256(x)); }
 FASTPEFT_INLINE __m512 high_half(__m512i x) { return widen(_mm512_extracti64x4_epi64(x, 1)); }
 
+// A value that gcc knows nothing of: a loop that copies lines must not become a string instruction, which takes dozens of
+// cycles to begin.
+FASTPEFT_INLINE __m512i opaque(__m512i x) {
+  asm("" : "+v"(x));
+  return x;
+}
+
 FASTPEFT_INLINE __m512 constant(float x) { return _mm512_set1_ps(x); }
 
 // 2^x for any x, relative error 3e-6: the fraction by a polynomial, the whole part by the exponent. What is computed
