@@ -4,8 +4,8 @@
     A(a) = scale * (act(a W_down^T + b_down) W_up^T + b_up)
 
 f is what the branch's last layer gives, xhat' the LayerNorm of x. A serial adapter reads f where that layer wrote it; a
-parallel one rides along: its hidden units are further steps of depth of the last layer's product, and their gradient of
-that of the first layer's input.
+parallel one rides along: its hidden units come out of the first layer's product and are further steps of depth of the
+last layer's, and their gradient of that of the first layer's input.
 """
 
 from __future__ import annotations
@@ -78,27 +78,17 @@ class Bottleneck:
     def _one_pass(self) -> bool:
         return one_pass.fits(self._down.shape[1], self._width)
 
-    def hidden(
-        self, a: Tensor, rows: int, keep: bool, statistics: Tensor | None = None, epsilon: float = 0.0
-    ) -> tuple[Tensor, Tensor | None]:
-        """h = act(a W_down^T + b_down), blocked, and the activation's derivative if it is to be kept.
-
-        Args:
-            a: f, or x to be normalised.
-            rows: of a.
-            keep: the derivative is needed.
-            statistics: fp32 (2, rows), written, if a is to be normalised.
-            epsilon: of that.
-        """
+    def beside(self, rows: int, keep: bool) -> tuple[Tensor, Tensor | None, dict]:
+        """Of a parallel adapter: h = act(xhat' W_down^T + b_down), blocked; the derivative if it is to be kept; and what
+        `gemm` is to be told so that it fills both when it multiplies the same xhat."""
         h = blocked.empty(rows, self._width)
         slopes = blocked.empty(rows, self._width) if keep else None
         weight, _ = weight_forward(self._down, self._column_scale, None)
-        options = {"statistics": statistics, "epsilon": epsilon}
-        gemm(a, weight, h, rows, self._bias(), activation=self._adapter.activation, kept=slopes, **options)
-        return h, slopes
+        options = {"a2": h, "down": weight, "down_bias": self._bias()}
+        return h, slopes, options | {"down_activation": self._adapter.activation, "down_slopes": slopes}
 
     def behind(self, f: Tensor, other: Tensor | None, y: Tensor, rows: int, keep: bool) -> tuple[Tensor, Tensor | None]:
-        """y = other + f + A(f); hidden units and derivatives as `hidden` gives them.
+        """y = other + f + A(f); h = act(f W_down^T + b_down), and the activation's derivative if it is to be kept.
 
         Args:
             f: blocked.
@@ -107,14 +97,15 @@ class Bottleneck:
             rows: of these.
             keep: the derivative is needed.
         """
-        if not self._one_pass:
-            h, slopes = self.hidden(f, rows, keep)
-            gemm(h, self.up(), y, rows, self.up_bias(), other=f, another=other)
-            return h, slopes
         weight, _ = weight_forward(self._down, None, None)
-        return one_pass.forward(
-            f, weight, self._bias(), self._adapter.activation, self.up(), self.up_bias(), other, y, rows, keep
-        )
+        bias, activation = self._bias(), self._adapter.activation
+        if self._one_pass:
+            return one_pass.forward(f, weight, bias, activation, self.up(), self.up_bias(), other, y, rows, keep)
+        h = blocked.empty(rows, self._width)
+        slopes = blocked.empty(rows, self._width) if keep else None
+        gemm(f, weight, h, rows, bias, activation=activation, kept=slopes)
+        gemm(h, self.up(), y, rows, self.up_bias(), other=f, another=other)
+        return h, slopes
 
     def up(self) -> Weight:
         """Packed for h W_up^T."""

@@ -216,8 +216,9 @@ def _last(
     a: Tensor,
     x: Tensor,
     keep: bool,
+    beside: _Kept,
 ) -> tuple[Tensor, Tensor | None, _Kept]:
-    """The branch's end: y = x + layer(a) with the adapter; and u, and what the adapter keeps."""
+    """The branch's end: y = x + layer(a) with the adapter, a parallel one's `beside`; u; and what the adapter keeps."""
     rows, width = x.shape[0], layer.weight.shape[0]
     y = pool.empty(rows, width, dtype=x.dtype)
     other = x if plan.residual else None
@@ -227,9 +228,16 @@ def _last(
         f = blocked.empty(rows, width)
         u = low_rank.forward(layer, low, a, f, rows)
         return y, u, _Kept(*bottleneck.behind(f, other, y, rows, keep), f)
-    h, slopes = bottleneck.hidden(x, rows, keep, torch.empty(2, rows), plan.epsilon)
-    beside = {"a2": h, "extra": bottleneck.up(), "bias": bottleneck.up_bias()}
-    return y, low_rank.forward(layer, None, a, y, rows, other=other, **beside), _Kept(h, slopes)
+    riding = {"a2": beside.hidden, "extra": bottleneck.up(), "bias": bottleneck.up_bias()}
+    return y, low_rank.forward(layer, None, a, y, rows, other=other, **riding), beside
+
+
+def _first(bottleneck: Bottleneck | None, rows: int, keep: bool) -> tuple[_Kept, dict]:
+    """What comes along with the first layer, a parallel adapter's hidden units; and what `gemm` is told of it."""
+    if bottleneck is None or bottleneck.serial:
+        return _Kept(), {}
+    h, slopes, options = bottleneck.beside(rows, keep)
+    return _Kept(h, slopes), options
 
 
 def _last_backward(
@@ -306,12 +314,14 @@ class _AttentionBranch(torch.autograd.Function):
         needed = any(ctx.needs_input_grad)
         statistics = torch.empty(2, rows)
         qkv = blocked.empty(rows, 3 * inner)
-        u = low_rank.forward(plan.qkv, lows[0], flat, qkv, rows, statistics=statistics, epsilon=plan.epsilon)
+        beside, options = _first(bottleneck, rows, needed)
+        options |= {"statistics": statistics, "epsilon": plan.epsilon}
+        u = low_rank.forward(plan.qkv, lows[0], flat, qkv, rows, **options)
         attended = blocked.empty(rows, inner)
         shape, prompts = _prompts(plan, batch, tokens, prompt_k, prompt_v, packed)
         place = Heads.blocked(attended, tokens)
         lse = attention_forward(shape, *_heads(plan, qkv, tokens), *prompts, place, plan.scale)
-        y, u_out, beside = _last(plan, plan.out, lows[1], bottleneck, attended, flat, needed)
+        y, u_out, beside = _last(plan, plan.out, lows[1], bottleneck, attended, flat, needed, beside)
         if needed:
             kept = None if plan.balanced else qkv
             # Attention's own backward pass does not look at what it gave, the gradients of weights behind it do.
@@ -435,9 +445,10 @@ class _MlpBranch(torch.autograd.Function):
         if ctx.needs_input_grad[0] or (lows[0] is not None and needed) or any(needs.trained[0]):
             kept = blocked.empty(rows, hidden, torch.uint8 if plan.balanced else torch.bfloat16)
         a = blocked.empty(rows, hidden)
-        options = {"statistics": statistics, "epsilon": plan.epsilon, "activation": plan.activation, "kept": kept}
+        beside, options = _first(bottleneck, rows, needed)
+        options |= {"statistics": statistics, "epsilon": plan.epsilon, "activation": plan.activation, "kept": kept}
         u1 = low_rank.forward(plan.fc1, lows[0], flat, a, rows, **options)
-        y, u2, beside = _last(plan, plan.fc2, lows[1], bottleneck, a, flat, needed)
+        y, u2, beside = _last(plan, plan.fc2, lows[1], bottleneck, a, flat, needed, beside)
         if needed:
             given = a if lows[1] is not None or _weights(plan.trained[1], needs.trained[1]) else None
             ctx.save_for_backward(flat, statistics, kept, given, u1, u2, *beside, *factors)

@@ -45,11 +45,15 @@ class _Gemm(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "columns", "depth", "extra")),
         *((name, Matrix) for name in ("a", "c", "other", "another")),
-        *((name, ctypes.c_void_p) for name in ("weight", "extra_weight", "down_weight", "down_bias")),
+        *((name, ctypes.c_void_p) for name in ("weight", "extra_weight", "down_weight", "down_bias", "down_slopes")),
+        ("down", ctypes.c_int64),
         ("a2", Matrix),
         *((name, ctypes.c_void_p) for name in ("bias", "statistics", "kept")),
         ("epsilon", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("prologue", "epilogue", "activation", "keep", "threads")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("prologue", "epilogue", "activation", "keep", "down_activation", "threads")
+        ),
     ]
 
 
@@ -125,6 +129,8 @@ def gemm(
     extra: Weight | None = None,
     down: Weight | None = None,
     down_bias: Tensor | None = None,
+    down_activation: str = "identity",
+    down_slopes: Tensor | None = None,
     another: Tensor | None = None,
 ) -> Tensor:
     """c = epilogue(prologue(a) W^T + a2 extra^T).
@@ -142,8 +148,10 @@ def gemm(
         epsilon: of the normalisation.
         a2: blocked (rows, extra depth): read, or written if `down` is given.
         extra: W2.
-        down: a2 = prologue(a) down^T + down_bias.
-        down_bias: fp32 (extra depth,).
+        down: a2 = act(prologue(a) down^T + down_bias).
+        down_bias: fp32 (down's columns,).
+        down_activation: name of that.
+        down_slopes: blocked, bf16, like a2; its derivative is written there.
         another: added besides `other`.
     """
     epilogue = _ACTIVATE if activation else _SCALE if kept is not None else _RESIDUAL if other is not None else _STORE
@@ -160,6 +168,8 @@ def gemm(
         extra_weight=None if extra is None else extra.data.data_ptr(),
         down_weight=None if down is None else down.data.data_ptr(),
         down_bias=pointer(down_bias),
+        down_slopes=pointer(down_slopes),
+        down=0 if down is None else down.columns,
         a2=Matrix.of(a2),
         bias=pointer(bias),
         statistics=pointer(statistics),
@@ -169,6 +179,7 @@ def gemm(
         epilogue=epilogue,
         activation=ACTIVATIONS.index(activation or "identity"),
         keep=_KEPT[None if kept is None else kept.dtype],
+        down_activation=ACTIVATIONS.index(down_activation),
         threads=torch.get_num_threads(),
     )
     check(_gemm()(ctypes.byref(call)))

@@ -127,21 +127,26 @@ struct Slab {
   FASTPEFT_INLINE const bf16* at(int64_t row_block, int64_t k) const { return data + (row_block * stride + k) * kBlockSize; }
 };
 
-// A2 = A down_weight^T + down_bias for the slab's rows.
+// A2 = act(A down_weight^T + down_bias) for the slab's rows.
 void project_down(const Gemm& g, const Slab& slab, int64_t first, int64_t blocks) {
-  const int64_t depth = g.depth / kBlock, extra = g.extra / kBlock;
+  const int64_t depth = g.depth / kBlock;
   alignas(64) float sums[kSums];
   Gemm down = {};
   down.rows = g.rows;
-  down.columns = g.extra;
+  down.columns = g.down;
   down.c = g.a2;
   down.bias = g.down_bias;
-  for (int64_t n = 0; n < extra; ++n)
+  down.epilogue = g.down_activation == kIdentity && g.down_slopes == nullptr ? kStore : kActivate;
+  down.activation = g.down_activation;
+  down.keep = g.down_slopes == nullptr ? kNothing : kSlope16;
+  down.kept = g.down_slopes;
+  const Finish finish = choose_finish(down);
+  for (int64_t n = 0; n < g.down / kBlock; ++n)
     for (int64_t i = 0; i < blocks; ++i) {
       zero_sums();
       for (int64_t k = 0; k < depth; ++k) multiply_step(slab.at(i, k), g.down_weight + (n * depth + k) * kBlockSize);
       store_sums(sums);
-      finish<kStore, kIdentity, kNothing>({&down, sums, first + i, n}, 0, kBlock);
+      finish({&down, sums, first + i, n}, 0, kBlock);
     }
 }
 

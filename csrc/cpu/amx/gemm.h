@@ -1,4 +1,4 @@
-// C = epilogue(A W^T + A2 W2^T) for a frozen W, packed once.
+// C = epilogue(A W^T + A2 W2^T) for a frozen W, packed once. A2 may come along: A2 = act(A W3^T).
 //
 // What a caller hands over is `Gemm`, as fastpeft/native/gemm.py lays it out. All matrices are bf16, sums are fp32.
 
@@ -44,14 +44,16 @@ struct Gemm {
   Matrix a, c, other, another;   // `another` may be missing
   const bf16* weight;       // packed, see pack.cpp
   const bf16* extra_weight;  // packed, columns x extra
-  const bf16* down_weight;   // packed, extra x depth: A2 = A down_weight^T + down_bias; or null, and A2 is read
+  const bf16* down_weight;   // packed, down x depth: A2 = act(A down_weight^T + down_bias); or null, and A2 is read
   const float* down_bias;
+  void* down_slopes;         // blocked bf16, written: the derivatives of that activation; or null
+  int64_t down;              // columns of A2 if down_weight is given
   Matrix a2;                 // blocked; written if down_weight is given
   const float* bias;         // columns, or null
   float* statistics;         // 2 x rows: means, then reciprocal deviations
   void* kept;                // blocked, 2 or 1 bytes a number
   float epsilon;
-  int32_t prologue, epilogue, activation, keep, threads;
+  int32_t prologue, epilogue, activation, keep, down_activation, threads;
 };
 
 }  // namespace fastpeft
