@@ -79,8 +79,8 @@ class Bottleneck:
         return one_pass.fits(self._down.shape[1], self._width)
 
     def beside(self, rows: int, keep: bool) -> tuple[Tensor, Tensor | None, dict]:
-        """Of a parallel adapter: h = act(xhat' W_down^T + b_down), blocked; the derivative if it is to be kept; and what
-        `gemm` is to be told so that it fills both when it multiplies the same xhat."""
+        """A parallel adapter's h = act(xhat' W_down^T + b_down), blocked; the derivative, to be kept; what `gemm` is to
+        be told so that it fills both when it multiplies the same xhat."""
         h = blocked.empty(rows, self._width)
         slopes = blocked.empty(rows, self._width) if keep else None
         weight, _ = weight_forward(self._down, self._column_scale, None)
