@@ -28,20 +28,23 @@ class Backbone:
         name: timm name.
         weights: as of a configuration's `model.weights`, or None.
         image_size: side of the square input in pixels.
+        model: more fields of a configuration's `model`.
     """
 
     name: str
     weights: str | None
     image_size: int
+    model: tuple[tuple[str, object], ...] = ()
 
     @classmethod
-    def parse(cls, text: str, image_size: int) -> Backbone:
+    def parse(cls, text: str, image_size: int, model: tuple[tuple[str, object], ...] = ()) -> Backbone:
         """Of NAME or NAME@WEIGHTS."""
         name, _, weights = text.partition("@")
-        return cls(name, weights or None, image_size)
+        return cls(name, weights or None, image_size, model)
 
     def __str__(self) -> str:
-        return self.name if self.weights is None else f"{self.name}@{self.weights}"
+        fields = "".join(f" {key}={value}" for key, value in self.model)
+        return (self.name if self.weights is None else f"{self.name}@{self.weights}") + fields
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class Job:
         model: dict[str, Any] = {"name": self.backbone.name, "image_size": self.backbone.image_size}
         if self.backbone.weights is not None:
             model["weights"] = self.backbone.weights
+        model |= dict(self.backbone.model) | dict(self.row.model)
         # The search looks at the validation images alone: one test image is the least that the trainer takes.
         test = {"test_size": 1} if self.stage == "search" else {}
         return Config.model_validate(
