@@ -162,6 +162,7 @@ def _export(task: Task, tensors: dict[str, torch.Tensor], epoch: int, folder: Ru
         folder.adapter,
         base_model=config.model.name,
         weights=config.model.weights,
+        start=config.model.start,
         init_seed=task.init_seed,
         image_size=config.model.image_size,
         num_classes=task.num_classes,

@@ -45,7 +45,7 @@ class Task:
 
     def build(self) -> nn.Module:
         """A new fp32 model on the CPU, patched and initialised; the same one every time."""
-        from fastpeft.models.build import build_model
+        from fastpeft.models.build import build_model, start_from
 
         model_config, train = self.config.model, self.config.train
         with torch.random.fork_rng(devices=[]):
@@ -54,6 +54,9 @@ class Task:
                 model = build_model(
                     model_config.name, self.num_classes, model_config.image_size, weights=model_config.weights
                 )
+            if model_config.start is not None:
+                with blame(self.source, "model.start"):
+                    start_from(model, model_config.start)
             with blame(self.source, "method"):
                 fastpeft.patch(model, fastpeft.methods.from_dict(self.config.method), backend=self.config.model.backend)
             if train.head_init == "vpt":
