@@ -157,6 +157,7 @@ class TrainConfig(_Section):
         head_init: `vpt` draws Kaiming-normal (fan-out) weights and sets the bias to -log(99); `keep` trains the head as
             it is.
         eval_every: Epochs between evaluations; the last epoch is always evaluated. 0 evaluates only then.
+        select: Which epoch the saved adapter is of where there is a validation split: the `best` on it, or the `last`.
         checkpoint_every: `"1 epoch"`, `"50 steps"`, ...
         cuda_graph: Record a step of the full batch size once and replay it. On one GPU, without ZeRO, fp16 or
             accumulation.
@@ -183,6 +184,7 @@ class TrainConfig(_Section):
     seed: int = Field(default=0, ge=0)
     head_init: Literal["vpt", "keep"] = "vpt"
     eval_every: int = Field(default=1, ge=0)
+    select: Literal["best", "last"] = "best"
     checkpoint_every: str = "1 epoch"
     cuda_graph: bool = False
     cache_features: Literal["auto", "off"] = "auto"

@@ -9,6 +9,7 @@ from pathlib import Path
 from bench.tables.job import Backbone, Job
 from bench.tables.protocol import Point, Protocol, Row, best
 from bench.tables.results import Results
+from bench.tables.training_set import DEFAULT, TrainingSet
 
 SEARCH_SEED = 0
 
@@ -21,6 +22,7 @@ class Experiment:
         task: as in the papers.
         folder: of the task under the data's root.
         final: train the best setting on train800val200 and test it, with every seed.
+        images: that it trains on.
     """
 
     backbone: Backbone
@@ -30,6 +32,7 @@ class Experiment:
     row: Row
     protocol: Protocol
     final: bool = True
+    images: TrainingSet = DEFAULT
 
     @property
     def points(self) -> list[Point]:
@@ -43,13 +46,24 @@ class Experiment:
 
     def batches(self, results: Results) -> Iterator[list[Job]]:
         """The search; then, when it is in the results, the final runs."""
-        search = [self.job("search", point, SEARCH_SEED) for point in self.points]
-        yield search
+        yield self.search()
         if self.final:
-            scores = [(one.setting, float(results.find(**one.key())["accuracy"])) for one in search]
-            yield [self.job("final", best(scores), seed) for seed in self.protocol.seeds]
+            yield [self.of_best(results, "final", seed) for seed in self.protocol.seeds]
+
+    def search(self) -> list[Job]:
+        """The runs of the grid."""
+        return [self.job("search", point, SEARCH_SEED) for point in self.points]
+
+    def chosen(self, results: Results) -> Point:
+        """The best setting, when the search is in the results."""
+        return best([(one.setting, float(results.find(**one.key())["accuracy"])) for one in self.search()])
+
+    def of_best(self, results: Results, stage: str, seed: int) -> Job:
+        """One run with the best setting."""
+        return self.job(stage, self.chosen(results), seed)
 
     def job(self, stage: str, point: Point, seed: int) -> Job:
         """One run."""
         setting = tuple(point.items())
-        return Job(self.backbone, self.root, self.task, self.folder, self.row, self.protocol, stage, setting, seed)
+        where = (self.backbone, self.root, self.task, self.folder)
+        return Job(*where, self.row, self.protocol, stage, setting, seed, images=self.images)

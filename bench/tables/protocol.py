@@ -40,10 +40,11 @@ class Row:
         method: its fields, as `fastpeft.methods.from_dict` takes them, or those of the parts of a sum; {} where the
             library lacks it.
         optimizer: "sgd" or "adamw".
-        batch_size: images of a step; of prompts in numbers from 100 on it is half.
+        batch_size: images of a step; of prompts in numbers from 100 on it is half, if `halved`.
         rates: base learning rates, for a batch of 256.
         searched: fields of the method that are searched besides, with their values.
         model: fields of a configuration's `model`.
+        halved: whether many prompts halve the batch.
         roles: of a table's backbones, those that it is trained with; () for all.
         title: as a table prints it; "" for the name.
     """
@@ -55,6 +56,7 @@ class Row:
     rates: tuple[float, ...]
     searched: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
+    halved: bool = True
     roles: tuple[str, ...] = ()
     title: str = ""
 
@@ -148,7 +150,7 @@ class Protocol:
 
 def batch_size(row: Row, point: Point) -> int:
     """Images of a step."""
-    return row.batch_size // 2 if point.get("length", 0) >= 100 else row.batch_size
+    return row.batch_size // 2 if row.halved and point.get("length", 0) >= 100 else row.batch_size
 
 
 def method(row: Row, point: Point) -> dict[str, Any] | list[dict[str, Any]]:

@@ -109,6 +109,7 @@ def _finish(loop: Loop, summary: Any) -> dict[str, Any]:
     selected = position.epoch
     if work.val_split is not None:
         test["last"] = loop.measure("test")["test_accuracy"]
+    if work.val_split is not None and config.train.select == "best":
         chosen, selected = loop.best, int(position.best["epoch"])
         if selected != position.epoch:
             loop.stepper.load_parameters(chosen)
@@ -124,6 +125,7 @@ def _finish(loop: Loop, summary: Any) -> dict[str, Any]:
         "trained_parameters": summary.trainable,
         "backbone_parameters": summary.backbone,
         "trained_share": summary.share,
+        "train_size": work.deal.size,
         "test_accuracy": test,
         "selected_epoch": selected,
         "history": position.history,
