@@ -40,6 +40,10 @@ class ModelConfig(_Section):
             one that this run begins with, and its head too where `train.head_init` is `keep`.
         image_size: Side of the square input in pixels; position tables are interpolated to it.
         num_classes: Outputs of the head; taken from the data when absent.
+        global_pool: What the head reads: `token`, or `avg` over the patches; the model's own when absent.
+        fc_norm: With `avg`: normalise after pooling instead of before, as MAE does; timm's choice when absent.
+        pos_resize: How a checkpoint's position table is brought to another size: `bicubic`, or `vpt`, the linear zoom
+            of the VPT paper.
         mean: Channel means of the input normalisation; the model's own when absent.
         std: Channel deviations of the input normalisation; the model's own when absent.
         backend: Of the operators, as `fastpeft.patch` takes it.
@@ -50,9 +54,20 @@ class ModelConfig(_Section):
     start: str | None = None
     image_size: int = Field(default=224, gt=0)
     num_classes: int | None = Field(default=None, gt=1)
+    global_pool: Literal["token", "avg"] | None = None
+    fc_norm: bool | None = None
+    pos_resize: Literal["bicubic", "vpt"] = "bicubic"
     mean: list[float] | None = Field(default=None, min_length=3, max_length=3)
     std: list[float] | None = Field(default=None, min_length=3, max_length=3)
     backend: Literal["auto", "reference", "triton", "cuda", "xformers"] = "auto"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `build_model` is told besides name, size and weights; only what is set."""
+        set_here = {"global_pool": self.global_pool, "fc_norm": self.fc_norm}
+        if self.pos_resize != "bicubic":
+            set_here["pos_resize"] = self.pos_resize
+        return {key: value for key, value in set_here.items() if value is not None}
 
 
 class DataConfig(_Section):

@@ -67,7 +67,13 @@ class Predictor:
         with torch.random.fork_rng(devices=[]):
             # A base of random weights is the one that this seed gives.
             torch.manual_seed(config.get("init_seed", 0))
-            model = build_model(config["base_model"], classes, self._size, weights=weights or config.get("weights"))
+            model = build_model(
+                config["base_model"],
+                classes,
+                self._size,
+                weights=weights or config.get("weights"),
+                **config.get("model_options", {}),
+            )
         if config.get("start") is not None:
             start_from(model, config["start"])
         self.model: nn.Module = fastpeft.load(model, folder).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,8 @@ class Experiment:
 
     def job(self, stage: str, point: Point, seed: int) -> Job:
         """One run."""
-        setting = tuple(point.items())
+        row, setting = self.row, tuple(point.items())
+        if stage == "search" and row.search_as:
+            row = dataclasses.replace(row, name=row.search_as)
         where = (self.backbone, self.root, self.task, self.folder)
-        return Job(*where, self.row, self.protocol, stage, setting, seed, images=self.images)
+        return Job(*where, row, self.protocol, stage, setting, seed, images=self.images)

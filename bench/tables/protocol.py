@@ -45,7 +45,8 @@ class Row:
         searched: fields of the method that are searched besides, with their values.
         model: fields of a configuration's `model`.
         halved: whether many prompts halve the batch.
-        roles: of a table's backbones, those that it is trained with; () for all.
+        search_as: name of the row that has the same search runs, with more settings besides; "" for its own. Grids of
+            one value are never thinned.
         title: as a table prints it; "" for the name.
     """
 
@@ -57,8 +58,8 @@ class Row:
     searched: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     halved: bool = True
-    roles: tuple[str, ...] = ()
-    title: str = ""
+    search_as: str = ""
+    title: str = field(default="", compare=False)
 
     @property
     def missing(self) -> bool:
@@ -77,6 +78,16 @@ class Row:
         if "vpt" in names:
             return "prompts"
         return "partial" if "partial" in names else "linear" if names <= {"linear", "mlp_head"} else "deep"
+
+
+def of(name: str, like: str, **fields: Any) -> Row:
+    """A further row: one of `ROWS` with other fields."""
+    return dataclasses.replace(ROWS[like], name=name, **fields)
+
+
+def held(name: str, like: str, **values: int) -> Row:
+    """A row of `ROWS` with searched fields held, that shares its search."""
+    return of(name, like, search_as=like, searched={key: (value,) for key, value in values.items()})
 
 
 ROWS = {
@@ -142,10 +153,14 @@ class Protocol:
         if self.quick:
             rates = _QUICK_ADAMW if row.optimizer == "adamw" else _QUICK_SGD
             decays = _QUICK_DECAYS
-            searched = {key: _QUICK_LENGTHS if key == "length" else values[-1:] for key, values in searched.items()}
+            searched = {key: _thinned(key, values) for key, values in searched.items()}
         for extra in itertools.product(*searched.values()):
             for rate, decay in itertools.product(rates, decays):
                 yield dict(zip(searched, extra, strict=True)) | {"base_lr": rate, "weight_decay": decay}
+
+
+def _thinned(key: str, values: tuple[float, ...]) -> tuple[float, ...]:
+    return _QUICK_LENGTHS if key == "length" and len(values) > 1 else values[-1:]
 
 
 def batch_size(row: Row, point: Point) -> int:

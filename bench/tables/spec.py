@@ -129,15 +129,19 @@ class TableSpec:
         return task.group in self.groups and (self.tasks is None or task.name in self.tasks)
 
 
-def every_row(request: Request, final: bool = True) -> Iterator[Runs]:
-    """The runs of a table that searches and trains every row on every task with every backbone."""
+def every_row(request: Request, wanted: Callable[[str, Row], bool] = lambda role, row: True) -> Iterator[Experiment]:
+    """The runs of a table that searches and trains every row on every task with every backbone.
+
+    Args:
+        request: the table.
+        wanted: whether a row is trained with a role's backbone.
+    """
     for role, backbone in request.backbones.items():
+        protocol = request.protocol(role)
         for task, folder in request.tasks.items():
             for row in request.rows:
-                if row.missing or (row.roles and role not in row.roles):
-                    continue
-                fit = request.row(row, role)
-                yield Experiment(backbone, request.root, task.name, folder, fit, request.protocol(role), final)
+                if not row.missing and wanted(role, row):
+                    yield Experiment(backbone, request.root, task.name, folder, request.row(row, role), protocol)
 
 
 class View:

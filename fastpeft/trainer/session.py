@@ -164,6 +164,7 @@ def _export(task: Task, tensors: dict[str, torch.Tensor], epoch: int, folder: Ru
         folder.adapter,
         base_model=config.model.name,
         weights=config.model.weights,
+        **({"model_options": config.model.options} if config.model.options else {}),
         start=config.model.start,
         init_seed=task.init_seed,
         image_size=config.model.image_size,

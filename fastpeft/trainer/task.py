@@ -52,7 +52,11 @@ class Task:
             torch.manual_seed(self.init_seed)
             with blame(self.source, "model"):
                 model = build_model(
-                    model_config.name, self.num_classes, model_config.image_size, weights=model_config.weights
+                    model_config.name,
+                    self.num_classes,
+                    model_config.image_size,
+                    weights=model_config.weights,
+                    **model_config.options,
                 )
             if model_config.start is not None:
                 with blame(self.source, "model.start"):

@@ -162,7 +162,7 @@ def test_which_tasks_a_folder_has(vtab):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["vpt-l"], "unknown table 'vpt-l'; did you mean 'vpt-1'?"),
+        (["vpt-fiq7"], "unknown table 'vpt-fiq7'; did you mean 'vpt-fig7'?"),
         (["vpt-1", "--methods", "vptdeep"], "unknown method 'vptdeep'; did you mean 'vpt-deep'?"),
         (["vpt-1", "--tasks", "eurosatt"], "unknown task 'eurosatt'; did you mean 'eurosat'?"),
         (["vpt-1", "--tasks", "svhn"], "no folder for svhn"),

@@ -1,14 +1,26 @@
-"""VPT, Tables 1, 10 and 13 and Fig. 16: ViT-B/16, all methods, and the significance of their differences."""
+"""VPT, Tables 1, 10, 13 and 14 and Fig. 16: ViT-B/16, all methods, and the significance of their differences."""
 
 from __future__ import annotations
 
 from bench.tables import cells, layouts, statistics
 from bench.tables.layout import Entry, Layout
 from bench.tables.measured import Measured
-from bench.tables.protocol import ROWS
+from bench.tables.protocol import ROWS, held, of
 from bench.tables.spec import VTAB, TableSpec, View, label
 
 MAIN_ROWS = tuple(ROWS.values())
+# Tables 13 and 14 have every depth of the MLP and every reduction of the adapter.
+MLPS = (
+    of("mlp-2", "mlp-3", method={"name": "mlp_head", "k": 2}),
+    ROWS["mlp-3"],
+    of("mlp-5", "mlp-3", method={"name": "mlp_head", "k": 5}),
+    of("mlp-9", "mlp-3", method={"name": "mlp_head", "k": 9}),
+)
+ADAPTERS = tuple(held(f"adapter-{reduction}", "adapter", reduction=reduction) for reduction in (256, 64, 8))
+ALL_ROWS = (
+    *(ROWS[name] for name in ("full", "linear", "partial-1")), *MLPS, ROWS["sidetune"], ROWS["bias"], *ADAPTERS,
+    ROWS["vpt-shallow"], ROWS["vpt-deep"],
+)  # fmt: skip
 
 
 def by_group(view: View) -> Layout:
@@ -17,8 +29,13 @@ def by_group(view: View) -> Layout:
 
 
 def by_task(view: View) -> Layout:
-    """Table 13: every task, mean and deviation over the seeds."""
+    """Table 13: every task of VTAB-1k."""
     return layouts.by_task(view, "Methods by tasks", "vpt_table13")
+
+
+def by_fine_task(view: View) -> Layout:
+    """Table 14: every fine-grained task."""
+    return layouts.by_task(view, "Methods by fine-grained tasks", "vpt_table14")
 
 
 def rivals(view: View) -> Layout:
@@ -61,7 +78,8 @@ def rivals_by_task(view: View) -> Layout:
 
 TABLES = {
     "vpt-1": TableSpec("VPT, Table 1", MAIN_ROWS, by_group, groups=("fgvc", *VTAB)),
-    "vpt-13": TableSpec("VPT, Table 13", MAIN_ROWS, by_task),
+    "vpt-13": TableSpec("VPT, Table 13", ALL_ROWS, by_task),
+    "vpt-14": TableSpec("VPT, Table 14", ALL_ROWS, by_fine_task, groups=("fgvc",)),
     "vpt-10": TableSpec("VPT, Table 10", MAIN_ROWS, rivals),
     "vpt-fig16": TableSpec("VPT, Fig. 16", MAIN_ROWS, rivals_by_task),
 }
