@@ -44,7 +44,7 @@ class Role:
     model: tuple[tuple[str, object], ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.title} at {self.image_size} px, {self.weights}"
+        return f"{self.backbone} at {self.image_size} px, {self.weights}"
 
 
 class Runs(Interface):
@@ -203,17 +203,20 @@ class View:
         """
         if printed is None or printed.value is None:
             return ""
-        text = str(printed) if form is None else form.format(printed.value)
+        text = str(printed)
+        if form is not None:
+            text = form.format(printed.value) + ("?" if text.endswith("?") else "")
         return text + ("" if whole else OTHER_DATA) + ("" if self.same(role) else OTHER_RUNS)
 
     def notes(self) -> list[str]:
         """What is to be said below every table: protocol, backbones, what differs from the paper, what is missing."""
         spec, said = self.request.spec, []
+        by_protocol: dict[str, list[str]] = {}
         for role, backbone in self.request.backbones.items():
             name = "" if len(spec.roles) == 1 else f"{role}: "
-            said.append(
-                f"{name}{backbone} at {backbone.image_size} px. Protocol: {self.request.protocol(role).describe()}."
-            )
+            ones = by_protocol.setdefault(self.request.protocol(role).describe(), [])
+            ones.append(f"{name}{backbone} at {backbone.image_size} px")
+        said += [f"{'; '.join(ones)}. Protocol: {protocol}." for protocol, ones in by_protocol.items()]
         said.append("In round brackets the paper's number; a question mark where its reading is uncertain.")
         lacking = [task.name for task in TASKS if spec.takes(task) and task.name not in self.groups_of]
         if spec.needs_data and lacking:
