@@ -5,6 +5,7 @@ fastpeft.patch(model, fastpeft.VPT(length=50))
 """
 
 from fastpeft import methods
+from fastpeft.ensemble import PromptEnsemble
 from fastpeft.errors import FastPEFTError, MethodError, UnsupportedModelError
 from fastpeft.merge import merge
 from fastpeft.methods import *  # noqa: F403
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FastPEFTError",
     "MethodError",
+    "PromptEnsemble",
     "Summary",
     "UnsupportedModelError",
     "frozen_prefix",

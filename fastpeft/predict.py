@@ -48,7 +48,7 @@ class Predictor:
         Raises:
             FastPEFTError: The folder is not an adapter, or does not say what it was trained on.
         """
-        from fastpeft.models.build import build_model
+        from fastpeft.models.build import build_model, start_from
 
         config = fastpeft.read_config(folder)
         missing = [key for key in _NEEDED if key not in config]
@@ -67,7 +67,15 @@ class Predictor:
         with torch.random.fork_rng(devices=[]):
             # A base of random weights is the one that this seed gives.
             torch.manual_seed(config.get("init_seed", 0))
-            model = build_model(config["base_model"], classes, self._size, weights=weights or config.get("weights"))
+            model = build_model(
+                config["base_model"],
+                classes,
+                self._size,
+                weights=weights or config.get("weights"),
+                **config.get("model_options", {}),
+            )
+        if config.get("start") is not None:
+            start_from(model, config["start"])
         self.model: nn.Module = fastpeft.load(model, folder).eval()
 
     @torch.no_grad()

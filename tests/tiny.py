@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import fastpeft
 from fastpeft._compat import import_timm
+from fastpeft.parameters import owners
 
 timm = import_timm()
 
@@ -90,6 +91,8 @@ METHODS: dict[str, fastpeft.methods.Method] = {
     "vpt-share-intra": fastpeft.VPT(4, share="intra"),
     "vpt-share-inter": fastpeft.VPT(4, share="inter"),
     "vpt-share-all": fastpeft.VPT(4, share="all", dropout_mask="batch"),
+    "vpt-fixed": fastpeft.VPT(4, trained=False),
+    "class-token": fastpeft.ClassToken(),
     "prefix-kv": fastpeft.PrefixTuning(4),
     "prefix-mlp": fastpeft.PrefixTuning(4, mlp=8),
     "prefix-hidden": fastpeft.PrefixTuning(4, form="hidden"),
@@ -121,7 +124,12 @@ FEW = ("bitfit", "vpt-deep", "vpt-shallow", "prefix-kv", "lora-all", "adapter", 
 
 
 def fits(method: fastpeft.methods.Method, variant: str) -> bool:
-    """Whether the variant has what the method acts on: roles "fc1" and "fc2" are out of reach in a gated MLP."""
+    """Whether the variant has what the method acts on.
+
+    Roles "fc1" and "fc2" are out of reach in a gated MLP; a class token is where the head reads one.
+    """
+    if any(part.name == "class_token" for part in method.parts()):
+        return VARIANTS[variant].get("global_pool", "token") == "token"
     roles = [role for part in method.parts() if part.name == "lora" for role in part.targets]
     return variant != "gated_mlp" or not {"fc1", "fc2"} & set(roles)
 
@@ -129,10 +137,10 @@ def fits(method: fastpeft.methods.Method, variant: str) -> bool:
 def randomise(model: nn.Module, seed: int = 0, scale: float = 0.3) -> nn.Module:
     """Give every tensor that a method added a random value: several start at zero and would hide themselves."""
     generator = torch.Generator().manual_seed(seed)
-    groups = fastpeft.parameter_groups(model)
+    owner = owners(model)
     with torch.no_grad():
-        for group in groups.keys() - {"backbone", "head"}:
-            for _, parameter in groups[group]:
+        for name, parameter in model.named_parameters():
+            if owner.get(name, "backbone") not in ("backbone", "head"):
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return model
 

@@ -23,6 +23,7 @@ _BUILDERS: dict[str, Callable[[nn.Module, Any], None]] = {
     "linear": lambda model, method: None,
     "partial": lambda model, method: None,
     "bitfit": lambda model, method: None,
+    "class_token": lambda model, method: None,
 }
 
 

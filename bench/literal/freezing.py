@@ -19,7 +19,8 @@ def choose_trainable(model: nn.Module, methods: Iterable[Any], *, train_head: bo
         if name.startswith(HEADS):
             trained = train_head
         elif name.startswith("blocks.") and any(part in name for part in NEW_TENSORS):
-            trained = True
+            fixed = any(method.name == "vpt" and not method.trained for method in methods)
+            trained = not (fixed and ".vpt." in name)
         else:
             trained = any(_trains(method, name, len(model.blocks)) for method in methods)
         parameter.requires_grad_(trained)
@@ -31,6 +32,8 @@ def _trains(method: Any, name: str, depth: int) -> bool:
         return True
     if method.name == "bitfit":  # every shift: projections, feed-forward, LayerNorms, patch embedding
         return name.rsplit(".", 1)[-1].endswith("bias")
+    if method.name == "class_token":  # the tokens that the head reads
+        return name in ("cls_token", "dist_token")
     if method.name == "partial":  # the last k blocks and what follows them, up to the head
         last = tuple(f"blocks.{index}." for index in range(depth - method.k, depth))
         return name.startswith((*last, "norm.", "attn_pool.", "fc_norm."))

@@ -44,7 +44,7 @@ class Prompts(nn.Module):
 def add(model: nn.Module, method: Any) -> None:
     """Give the prompted blocks their prompts as `blocks.i.vpt.prompts`."""
     first, last = method.depth or ((1, len(model.blocks)) if method.deep else (1, 1))
-    dropout = method.dropout if method.dropout is not None else (0.1 if method.deep else 0.0)
+    dropout = method.dropout if method.dropout is not None else (0.1 if method.deep and method.trained else 0.0)
     rows = 1 if method.share in ("intra", "all") else method.length
     everywhere = method.share in ("inter", "all")
 

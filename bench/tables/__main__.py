@@ -4,6 +4,7 @@
     python -m bench.tables vpt-13 ... --out out                 # the same runs, laid out by task
     python -m bench.tables vpt-1 ... --tabulate                 # no runs, the table of what is there
     python -m bench.tables vpt-1 ... --storage postgresql://... # on as many machines as you like
+    python -m bench.tables vpt-5 --backbone mae=vit_base_patch16_224@mae.pth --backbone mocov3=...
 
 Every setting of the protocol's grid is trained on train800 and scored on val200, the best of them is trained on both
 with several seeds and tested. Runs are kept in DIR/results.csv and never done twice; the same command goes on after any
@@ -13,21 +14,21 @@ interruption.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
 from bench.tables import study
+from bench.tables.backbones import lacking
 from bench.tables.errors import TableError, unknown
-from bench.tables.job import Backbone, Job
-from bench.tables.measured import collect
-from bench.tables.protocol import ROWS, Protocol, Row, best
+from bench.tables.job import Job
+from bench.tables.papers import tables
+from bench.tables.request import backbones_of
 from bench.tables.results import Results
+from bench.tables.spec import Request, TableSpec, View
 from bench.tables.tasks import Task, find
-from bench.tables.vtab import TABLES, TableSpec, differences
 from fastpeft.errors import FastPEFTError
 from fastpeft.trainer.report import Reporter
-
-SEARCH_SEED = 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,11 +37,16 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m bench.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "name", metavar="NAME", help=", ".join(f"{name} ({spec.title})" for name, spec in TABLES.items())
+        "name", metavar="NAME", help=", ".join(f"{name} ({spec.title})" for name, spec in tables().items())
     )
-    parser.add_argument("--backbone", required=True, metavar="NAME[@WEIGHTS]", help="a timm model, and its weights")
-    parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of VTAB-1k task folders")
+    parser.add_argument(
+        "--backbone", action="append", default=[], metavar="[ROLE=]NAME[@WEIGHTS]",
+        help="a timm model, and its weights; once for each role of a table that has several",
+    )  # fmt: skip
+    parser.add_argument(
+        "--image-size", action="append", default=[], metavar="[ROLE=]PIXELS", help="default: the paper's"
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of task folders")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="results.csv, studies and tables")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="final runs of each method and task")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all that the data has")
@@ -62,45 +68,85 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    if options.name not in TABLES:
-        raise unknown("table", options.name, TABLES)
-    spec = TABLES[options.name]
-    for name in options.methods or ():
-        if name not in spec.methods:
-            raise unknown("method", name, spec.methods)
-    if options.seeds < 1 or (options.epochs is not None and options.epochs < 2):
-        raise TableError("--seeds must be at least 1 and --epochs at least 2")
-    methods = tuple(name for name in spec.methods if not options.methods or name in options.methods)
-    tasks, missing = find(options.data, options.tasks)
-    backbone = Backbone.parse(options.backbone, options.image_size)
-    protocol = Protocol.of(backbone.name, options.quick, options.seeds, options.epochs)
+    request = _request(options)
+    spec = request.spec
     results = Results(options.out / "results.csv")
     say = Reporter(True)
-    say.say(f"{spec.title}: {len(methods)} methods, {len(tasks)} tasks; {protocol.describe()}")
-    if missing:
-        say.say(f"not in the data: {', '.join(task.name for task in missing)}")
-    for name in methods:
-        if ROWS[name].missing:
-            say.say(f"not in the library, left out: {name}")
-    if not options.tabulate:
-        _run(
-            options, backbone, protocol, tasks, [ROWS[name] for name in methods if not ROWS[name].missing], results, say
-        )
-    _tabulate(options, spec, methods, backbone, protocol, tasks, results)
+    _announce(request, say)
+    if not options.tabulate and not spec.missing:
+        if spec.measure is not None:
+            spec.measure(request)
+        _run(_without(request, say), options.storage, results, say)
+    _tabulate(request, options.name, results)
 
 
-def _run(
-    options: argparse.Namespace,
-    backbone: Backbone,
-    protocol: Protocol,
-    tasks: dict[Task, str],
-    rows: list[Row],
-    results: Results,
-    say: Reporter,
-) -> None:
+def _request(options: argparse.Namespace) -> Request:
+    """What is asked for, checked as far as it can be before anything is run."""
+    if options.name not in tables():
+        raise unknown("table", options.name, tables())
+    spec = tables()[options.name]
+    known = [row.name for row in spec.rows]
+    for name in options.methods or ():
+        if name not in known:
+            raise unknown("method", name, known)
+    if options.seeds < 1 or (options.epochs is not None and options.epochs < 2):
+        raise TableError("--seeds must be at least 1 and --epochs at least 2")
+    rows = tuple(row for row in spec.rows if not options.methods or row.name in options.methods)
+    backbones = backbones_of(spec, options.backbone, options.image_size)
+    tasks = _tasks(spec, options.data, options.tasks)
+    return Request(
+        spec, rows, backbones, tasks, options.data, options.out, options.quick, options.seeds, options.epochs
+    )
+
+
+def _tasks(spec: TableSpec, root: Path | None, wanted: list[str] | None) -> dict[Task, str]:
+    if root is None:
+        if spec.needs_data:
+            raise TableError("--data is missing: the folder that holds the task folders")
+        return {}
+    # Of the tasks that are asked for by name all are taken, of the others those that the paper's table has.
+    tasks = {task: folder for task, folder in find(root, wanted)[0].items() if wanted or spec.takes(task)}
+    if not tasks and spec.needs_data:
+        raise TableError(f"{root}: none of the table's tasks; it is made of {', '.join(spec.tasks or spec.groups)}")
+    return tasks
+
+
+def _announce(request: Request, say: Reporter) -> None:
+    spec = request.spec
+    protocol = next((request.protocol(role).describe() for role in request.backbones), "no backbone")
+    say.say(f"{spec.title}: {len(request.rows)} methods, {len(request.tasks)} tasks; {protocol}")
+    if spec.missing:
+        say.say(f"not in the library: {spec.missing}")
+    for line in View(request, []).notes():
+        if "Not in the data: " in line:
+            say.say("not in the data: " + line.partition("Not in the data: ")[2].rstrip("."))
+    for role in spec.roles:
+        if role.name not in request.backbones:
+            say.say(f"no backbone given, left out: {role.name} ({role})")
+    for row in request.rows:
+        if row.missing:
+            say.say(f"not in the library, left out: {row.name}")
+
+
+def _without(request: Request, say: Reporter) -> Request:
+    """The request without the backbones that the library does not know."""
+    there = {}
+    for role, backbone in request.backbones.items():
+        reason = lacking(backbone.name)
+        if reason is None:
+            there[role] = backbone
+        else:
+            say.say(f"not in the library, left out: {backbone.name} ({reason})")
+    return dataclasses.replace(request, backbones=there)
+
+
+def _run(request: Request, storage: str | None, results: Results, say: Reporter) -> None:
     """Have every run of the table in the results."""
-    total = len(tasks) * sum(len(list(protocol.grid(row))) + len(protocol.seeds) for row in rows)
-    store = study.storage(options.storage, options.out)
+    plan = list(request.spec.plan(request))
+    total = sum(runs.size for runs in plan)
+    if not total:
+        return
+    store = study.storage(storage, request.out)
     with say.bar("runs", total) as advance:
         done = 0
 
@@ -111,44 +157,25 @@ def _run(
             found = results.find(**job.key())
             say.say(f"[{done}/{total}] {job}: {float(found['accuracy']):.2%}")
 
-        for task, folder in tasks.items():
-            for row in rows:
-                points = [tuple(point.items()) for point in protocol.grid(row)]
-
-                def job(stage: str, point: tuple, seed: int, task=task, folder=folder, row=row) -> Job:
-                    return Job(backbone, options.data, task.name, folder, row, protocol, stage, point, seed)
-
-                search = [job("search", point, SEARCH_SEED) for point in points]
-                study.run_all(search, results, options.out / "runs", store, count)
-                scores = [(one.setting, float(results.find(**one.key())["accuracy"])) for one in search]
-                chosen = tuple(best(scores).items())
-                final = [job("final", chosen, seed) for seed in protocol.seeds]
-                study.run_all(final, results, options.out / "runs", store, count)
+        for runs in plan:
+            for jobs in runs.batches(results):
+                study.run_all(jobs, results, request.out / "runs", store, count)
 
 
-def _tabulate(
-    options: argparse.Namespace,
-    spec: TableSpec,
-    methods: tuple[str, ...],
-    backbone: Backbone,
-    protocol: Protocol,
-    tasks: dict[Task, str],
-    results: Results,
-) -> None:
+def _tabulate(request: Request, name: str, results: Results) -> None:
     """Write the table of what is in the results."""
-    groups_of = {task.name: task.group for task in tasks}
-    rows = [row for row in results.rows() if row["task"] in groups_of]
-    table = spec.lay_out(collect(rows, backbone, protocol), groups_of, methods)
-    table.title = f"{spec.title}. {table.title}: {backbone.name} at {backbone.image_size} px"
-    table.notes.insert(0, f"Protocol: {protocol.describe()}.")
-    table.notes.append("In round brackets the paper's number; a question mark where its reading is uncertain.")
-    table.notes += differences(backbone.name, backbone.image_size, groups_of)
-    options.out.mkdir(parents=True, exist_ok=True)
-    text = table.markdown()
-    (options.out / f"{options.name}.md").write_text(text, encoding="utf-8")
-    (options.out / f"{options.name}.tex").write_text(table.latex(), encoding="utf-8")
+    view = View(request, results.rows())
+    made = request.spec.lay_out(view)
+    parts = made if isinstance(made, list) else [made]
+    for part in parts:
+        part.title = f"{request.spec.title}. {part.title}"
+    parts[-1].notes += view.notes()
+    request.out.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(part.markdown() for part in parts)
+    (request.out / f"{name}.md").write_text(text, encoding="utf-8")
+    (request.out / f"{name}.tex").write_text("\n".join(part.latex() for part in parts), encoding="utf-8")
     print(text)
-    print(f"tables: {options.out / options.name}.md, .tex; results: {results.path}")
+    print(f"tables: {request.out / name}.md, .tex; results: {results.path}")
 
 
 if __name__ == "__main__":

@@ -31,21 +31,32 @@ class Layout:
         heading: of the columns; the first is the rows' names.
         rows: name and cells.
         notes: lines below it.
+        over: a heading above the heading: text and the number of columns that it spans, for all but the first column.
+        sections: labels by the number of the row that they stand above.
+        best_of: what competes: the cells of a "column", of a "row", or "all".
     """
 
     title: str
     heading: tuple[str, ...]
     rows: list[tuple[str, list[Entry]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    over: tuple[tuple[str, int], ...] = ()
+    sections: dict[int, str] = field(default_factory=dict)
+    best_of: str = "column"
 
     def best(self) -> set[tuple[int, int]]:
-        """Places of the best cells: of a column, over its rows, the largest."""
-        found = set()
-        for column in range(len(self.heading) - 1):
-            values = [cells[column].value for _, cells in self.rows]
-            there = [value for value in values if value is not None]
+        """Places of the best cells: the largest of those that compete."""
+        places = [[(row, column) for row in range(len(self.rows))] for column in range(len(self.heading) - 1)]
+        if self.best_of == "row":
+            places = [list(line) for line in zip(*places, strict=True)]
+        elif self.best_of == "all":
+            places = [[place for line in places for place in line]]
+        found: set[tuple[int, int]] = set()
+        for line in places:
+            values = {place: self.rows[place[0]][1][place[1]].value for place in line}
+            there = [value for value in values.values() if value is not None]
             if len(there) > 1:
-                found |= {(row, column) for row, value in enumerate(values) if value == max(there)}
+                found |= {place for place, value in values.items() if value == max(there)}
         return found
 
     def markdown(self) -> str:
@@ -56,8 +67,15 @@ class Layout:
             text = f"**{entry.text}**" if bold else entry.text
             return f"{text} ({entry.paper})" if entry.paper else text
 
-        lines = [f"### {self.title}", "", _line(self.heading), _line(["---"] * len(self.heading))]
+        # Markdown has one heading: what stands above a column goes before its name.
+        above = (
+            ["", *(text for text, span in self.over for _ in range(span))] if self.over else [""] * len(self.heading)
+        )
+        heading = [f"{up}: {name}" if up else name for up, name in zip(above, self.heading, strict=True)]
+        lines = [f"### {self.title}", "", _line(heading), _line(["---"] * len(heading))]
         for number, (name, cells) in enumerate(self.rows):
+            if number in self.sections:
+                lines.append(_line([f"*{self.sections[number]}*", *[""] * (len(heading) - 1)]))
             shown = [cell(entry, (number, column) in best) for column, entry in enumerate(cells)]
             lines.append(_line([name, *shown]))
         lines += ["", *(f"{note}\n" for note in self.notes)]
@@ -73,8 +91,15 @@ class Layout:
 
         lines = [r"\begin{table}", r"\centering", rf"\caption{{{_escape(self.title)}}}"]
         lines += [rf"\begin{{tabular}}{{l{'r' * (len(self.heading) - 1)}}}", r"\toprule"]
+        if self.over:
+            spans = [rf"\multicolumn{{{count}}}{{c}}{{{_escape(text)}}}" for text, count in self.over]
+            lines.append(" & ".join(["", *spans]) + r" \\")
         lines += [" & ".join(map(_escape, self.heading)) + r" \\", r"\midrule"]
         for number, (name, cells) in enumerate(self.rows):
+            if number in self.sections:
+                rule = [r"\midrule"] if number else []
+                section = rf"\emph{{{_escape(self.sections[number])}}}"
+                lines += [*rule, rf"\multicolumn{{{len(self.heading)}}}{{l}}{{{section}}} \\"]
             shown = [cell(entry, (number, column) in best) for column, entry in enumerate(cells)]
             lines.append(" & ".join([_escape(name), *shown]) + r" \\")
         lines += [r"\bottomrule", r"\end{tabular}"]
@@ -89,7 +114,8 @@ def _line(cells: list[str] | tuple[str, ...]) -> str:
 def _escape(text: str) -> str:
     for plain, escaped in (
         ("\\", r"\textbackslash{}"), ("&", r"\&"), ("%", r"\%"), ("_", r"\_"), ("#", r"\#"), ("$", r"\$"),
-        ("±", r"$\pm$"), ("<", r"$<$"), (">", r"$>$"),
+        ("±", r"$\pm$"), ("<", r"$<$"), (">", r"$>$"), ("†", r"\dag{}"), ("‡", r"\ddag{}"),
+        ("→", r"$\to$"),
     ):  # fmt: skip
         text = text.replace(plain, escaped)
     return text

@@ -41,12 +41,12 @@ class Measured:
 Table = dict[str, dict[str, Measured]]
 
 
-def collect(rows: list[Line], backbone: Backbone, protocol: Protocol) -> Table:
-    """Final runs of one backbone under one protocol."""
+def collect(rows: list[Line], backbone: Backbone, protocol: Protocol, setting: str = "") -> Table:
+    """Final runs of one backbone under one protocol on one training set, by its name; "" for the default split."""
     found: Table = {}
     for row in rows:
         same = row["backbone"] == str(backbone) and row["image_size"] == str(backbone.image_size)
-        if not same or row["protocol"] != protocol.name or row["stage"] != "final":
+        if not same or row["protocol"] != protocol.name or row["stage"] != "final" or row["setting"] != setting:
             continue
         if int(row["seed"]) not in protocol.seeds:
             continue

@@ -11,12 +11,14 @@ from pathlib import Path
 from bench.tables.errors import TableError
 
 # What a row is found by, and what it says.
-KEY = ("task", "method", "stage", "seed", "backbone", "image_size", "protocol", "point")
+KEY = ("task", "method", "stage", "seed", "backbone", "image_size", "protocol", "setting", "point")
 VALUES = (
-    "accuracy", "trained_parameters", "backbone_parameters", "seconds", "ms_per_image", "peak_memory_mb", "precision",
-    "device", "version", "date",
+    "accuracy", "train_size", "trained_parameters", "backbone_parameters", "seconds", "ms_per_image", "peak_memory_mb",
+    "precision", "device", "version", "date",
 )  # fmt: skip
 FIELDS = (*KEY, *VALUES)
+# Of these, what the files of earlier versions lack; there it is empty.
+LATER = ("setting", "train_size")
 
 Line = dict[str, str]
 
@@ -40,13 +42,14 @@ class Results:
         # A process that was killed may have left the beginning of a line behind.
         whole = text[: text.rfind("\n") + 1]
         reader = csv.DictReader(io.StringIO(whole, newline=""))
-        if whole and tuple(reader.fieldnames or ()) != FIELDS:
+        columns = tuple(reader.fieldnames or ())
+        if whole and columns != tuple(name for name in FIELDS if name in columns or name not in LATER):
             raise TableError(f"{self.path}: its columns are not those of a result file: {','.join(FIELDS)}")
         found = list(reader)
         for number, row in enumerate(found, start=2):
             if None in row or None in row.values():
-                raise TableError(f"{self.path}:{number}: expected {len(FIELDS)} fields; repair or remove the line")
-        return found
+                raise TableError(f"{self.path}:{number}: expected {len(columns)} fields; repair or remove the line")
+        return [{name: row.get(name, "") for name in FIELDS} for row in found]
 
     def has(self, **key: object) -> bool:
         """Whether a row has these fields."""
@@ -73,9 +76,25 @@ class Results:
             with FileLock(self.path.with_name(f".{self.path.name}.lock")):
                 if self.has(**{name: row[name] for name in KEY}):
                     return
+                self._bring_up_to_date()
                 self._append(line.getvalue())
         except OSError as error:
             raise TableError(f"{self.path}: cannot be written: {error.strerror or error}; nothing was lost") from error
+
+    def _bring_up_to_date(self) -> None:
+        """Give a file of an earlier version the columns that it lacks."""
+        if not self.path.exists() or self.path.read_bytes().startswith((",".join(FIELDS) + "\n").encode()):
+            return
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows())
+        unfinished = self.path.with_name(f".{self.path.name}.unfinished")
+        with unfinished.open("wb") as file:
+            file.write(text.getvalue().encode())
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(self.path)
 
     def _append(self, line: str) -> None:
         with self.path.open("a+b") as file:

@@ -39,6 +39,11 @@ class FileSource:
         indices = list(indices)
         return FileSource([self.paths[i] for i in indices], [self.labels[i] for i in indices])
 
+    @classmethod
+    def joined(cls, parts: Sequence[FileSource]) -> FileSource:
+        """One behind the other."""
+        return cls([path for part in parts for path in part.paths], [label for part in parts for label in part.labels])
+
 
 class ArraySource:
     """Images in one array."""

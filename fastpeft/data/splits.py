@@ -10,10 +10,11 @@ import numpy as np
 
 from fastpeft.data.dataset import ImageDataset
 from fastpeft.data.digits import CLASS_NAMES, open_digits, open_mnist
+from fastpeft.data.draws import DRAWS, drawn_order
 from fastpeft.data.errors import DataError
 from fastpeft.data.folder import open_folder
 from fastpeft.data.sources import Source
-from fastpeft.data.vtab import open_vtab
+from fastpeft.data.vtab import Draw, open_vtab
 
 # Digits have no split of their own: so many train, the others test.
 _DIGITS_TRAIN_SIZE = 1000
@@ -58,8 +59,18 @@ class _Request:
     augment: str = "none"
     val_fraction: float = 0.0
     train_size: int | None = None
+    train_fraction: float | None = None
+    val_size: int | None = None
     test_size: int | None = None
+    per_class: int | None = None
+    pool: str | None = None
+    draw: str = "even"
     seed: int = 0
+
+    @property
+    def drawn(self) -> bool:
+        """Whether VTAB's lists are drawn from."""
+        return any(field is not None for field in (self.val_size, self.per_class, self.pool))
 
     @classmethod
     def read(cls, data: Any) -> _Request:
@@ -76,8 +87,9 @@ def open_splits(data: Any, image_size: int, mean: Sequence[float], std: Sequence
 
     Args:
         data: A mapping or an object with the fields of `fastpeft.config.DataConfig`: `name` (`mnist`, `digits`, `vtab`
-            or `folder`), `root`, `task`, `protocol`, `resize`, `augment`, `val_fraction`, `train_size`, `test_size`;
-            and `seed` of the draws, 0 if absent, so that runs with different training seeds see the same images.
+            or `folder`), `root`, `task`, `protocol`, `resize`, `augment`, `val_fraction`, `train_size`,
+            `train_fraction`, `val_size`, `test_size`, `per_class`, `pool`, `draw`; and `seed` of the draws, 0 if
+            absent, so that runs with different training seeds see the same images.
         image_size: Side of the model's square input.
         mean: Channel means of pixels in [0, 1].
         std: Channel deviations of pixels in [0, 1].
@@ -88,9 +100,12 @@ def open_splits(data: Any, image_size: int, mean: Sequence[float], std: Sequence
     request = _Request.read(data)
     if request.name not in _READERS:
         raise DataError(f"data: name: expected one of {', '.join(_READERS)}, got '{request.name}'")
+    if request.draw not in DRAWS:
+        raise DataError(f"data: draw: expected one of {', '.join(DRAWS)}, got '{request.draw}'")
     sources, class_names = _READERS[request.name](request)
-    if request.train_size is not None and request.train_size < len(sources["train"].labels):
-        chosen = np.sort(_even_order(sources["train"].labels, request.seed)[: request.train_size])
+    size = None if request.drawn else _train_size(request, len(sources["train"].labels))
+    if size is not None and size < len(sources["train"].labels):
+        chosen = np.sort(drawn_order(sources["train"].labels, request.seed, request.draw)[:size])
         sources["train"] = sources["train"].subset(chosen)
     if request.val_fraction:
         _hold_out(sources, request)
@@ -111,10 +126,19 @@ def open_splits(data: Any, image_size: int, mean: Sequence[float], std: Sequence
     return Splits(train, val, test, class_names, train.deterministic, description)
 
 
+def _train_size(request: _Request, available: int) -> int | None:
+    """Training images that are asked for."""
+    if request.train_fraction is None:
+        return request.train_size
+    return max(1, round(request.train_fraction * available))
+
+
 def _read_digits(request: _Request) -> tuple[dict[str, Source], list[str]]:
-    """Draw the training digits evenly over the classes; the others, as evenly ordered, are the test set."""
+    """Draw the training digits, by default evenly over the classes; the others, in the same order, are the test set."""
+    if request.train_fraction is not None:
+        raise DataError(f"data: train_fraction: '{request.name}' has no training split of its own; give train_size")
     source = open_mnist() if request.name == "mnist" else open_digits()
-    order = _even_order(source.labels, request.seed)
+    order = drawn_order(source.labels, request.seed, request.draw)
     size = request.train_size or _DIGITS_TRAIN_SIZE
     if size >= len(order):
         raise DataError(f"data: train_size {size} leaves none of the {len(order)} '{request.name}' images for testing")
@@ -126,7 +150,11 @@ def _read_vtab(request: _Request) -> tuple[dict[str, Source], list[str]]:
         raise DataError("data: 'vtab' needs root, the folder with the task folders, and task")
     if request.val_fraction:
         raise DataError("data: val_fraction: 'vtab' has a validation list of its own; use protocol 'search'")
-    return open_vtab(request.root, request.task, request.protocol)
+    draw = None
+    if request.drawn:
+        sizes = (request.train_size, request.val_size, request.per_class)
+        draw = Draw(*sizes, request.pool, request.draw, request.seed)
+    return open_vtab(request.root, request.task, request.protocol, draw)
 
 
 def _read_folder(request: _Request) -> tuple[dict[str, Source], list[str]]:
@@ -151,22 +179,6 @@ def _hold_out(sources: dict[str, Source], request: _Request) -> None:
             "expected at least one image in both parts"
         )
     # Another seed than the draw of the training images, which may have come from the same labels.
-    order = _even_order(train.labels, request.seed + 1)
+    order = drawn_order(train.labels, request.seed + 1, "even")
     sources["val"] = train.subset(np.sort(order[:size]))
     sources["train"] = train.subset(np.sort(order[size:]))
-
-
-def _even_order(labels: Sequence[int], seed: int) -> np.ndarray:
-    """A random order of images whose every beginning has the classes as evenly as they allow.
-
-    Shuffles each class, then deals one image of each class in turn. RandomState, because its stream never changes
-    between NumPy versions.
-    """
-    labels = np.asarray(labels)
-    shuffled = np.random.RandomState(seed).permutation(len(labels))
-    turn = np.empty(len(labels), dtype=np.int64)
-    for label in np.unique(labels):
-        members = shuffled[labels[shuffled] == label]
-        turn[members] = np.arange(len(members))
-    # Within a turn the shuffled order decides which class comes first.
-    return shuffled[np.argsort(turn[shuffled], kind="stable")]

@@ -7,8 +7,10 @@ folder: absolute paths, `..` and symbolic links that lead out are errors.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from fastpeft.data.draws import draw_train_and_val, some_of_each_class
 from fastpeft.data.errors import DataError
 from fastpeft.data.sources import FileSource
 
@@ -41,13 +43,38 @@ _LISTS: Mapping[str, Mapping[str, str]] = {
 }
 
 
-def open_vtab(root: str | Path, task: str, protocol: str) -> tuple[dict[str, FileSource], list[str]]:
+@dataclass(frozen=True)
+class Draw:
+    """A training set of another size than VTAB-1k's.
+
+    Attributes:
+        train_size: Training images; None for all.
+        val_size: Validation images.
+        per_class: Training images of each class, and as many for validation; None for a draw by size.
+        pool: List file with images beyond those of train800 and val200; None if there is none.
+        how: One of `fastpeft.data.draws.DRAWS`.
+        seed: Of the draw.
+    """
+
+    train_size: int | None
+    val_size: int | None
+    per_class: int | None
+    pool: str | None
+    how: str
+    seed: int
+
+
+def open_vtab(
+    root: str | Path, task: str, protocol: str, draw: Draw | None = None
+) -> tuple[dict[str, FileSource], list[str]]:
     """Read the lists of a task.
 
     Args:
         root: Folder that holds the task folders.
         task: A task's folder, or another of its usual names (`cifar100` finds `cifar`).
         protocol: `search` trains on train800 and validates on val200; `final` trains on train800val200.
+        draw: Instead of these: training and validation images drawn from train800, val200 and a pool. `final` trains
+            on both, so that it has seen what the search of the same draw has.
 
     Returns:
         The sources `train`, `val` (for `search`) and `test`, and the class names in label order: from `classes.txt`
@@ -59,10 +86,30 @@ def open_vtab(root: str | Path, task: str, protocol: str) -> tuple[dict[str, Fil
     names = _class_names(folder)
     if names is not None:
         classes = len(names)
-    sources = {split: read_list(folder, file, classes) for split, file in _LISTS[protocol].items()}
+    lists = dict(_LISTS["search" if draw else protocol])
+    if draw and draw.pool is not None:
+        lists["pool"] = draw.pool
+    sources = {split: read_list(folder, file, classes) for split, file in lists.items()}
     if classes is None:
         classes = 1 + max(max(source.labels) for source in sources.values())
+    if draw:
+        sources = _drawn(sources, draw, protocol)
     return sources, names or [str(label) for label in range(classes)]
+
+
+def _drawn(sources: dict[str, FileSource], draw: Draw, protocol: str) -> dict[str, FileSource]:
+    lists, pool = [sources["train"], sources["val"]], sources.get("pool")
+    if draw.per_class is not None:
+        chosen = [some_of_each_class(each.labels, draw.seed + n, draw.per_class) for n, each in enumerate(lists)]
+        parts = [[each.subset(indices)] for each, indices in zip(lists, chosen, strict=True)]
+    else:
+        sizes = [len(each.labels) if size is None else size
+                 for size, each in zip((draw.train_size, draw.val_size), lists, strict=True)]  # fmt: skip
+        parts = draw_train_and_val(lists, pool, tuple(sizes), draw.seed, draw.how)
+    train, val = map(FileSource.joined, parts)
+    if protocol == "final":
+        return {"train": FileSource.joined([train, val]), "test": sources["test"]}
+    return {"train": train, "val": val, "test": sources["test"]}
 
 
 def read_list(folder: Path, file: str, classes: int | None = None) -> FileSource:
@@ -73,6 +120,8 @@ def read_list(folder: Path, file: str, classes: int | None = None) -> FileSource
         file: Name of the list in it.
         classes: Number of classes, above which labels are errors; None if not known.
     """
+    if Path(file).is_absolute() or ".." in Path(file).parts:
+        raise DataError(f"{file}: a list file lies in the task's folder, {folder}; give its name there")
     path = folder / file
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

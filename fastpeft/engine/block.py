@@ -100,6 +100,8 @@ class BlockRun:
         self.extensions: list[Extension] = [block._modules[name] for name in state.extensions]
         self.low_ranks = [e for e in self.extensions if isinstance(e, LowRanks)]
         self.adapters = [e for e in self.extensions if hasattr(e, "apply_to")]
+        # Of a bank of prompts, which sample has which.
+        self.index: Tensor | None = None
         self.hooked = any_hooks(block)
         self.backends = state.host.backends
         drop = state.spec.inner.get("attn_drop")
@@ -117,8 +119,9 @@ class BlockRun:
         if literal:
             rows = None
         if own is not None and (literal or self._joins()):
+            own = own if self.index is None else own[self.index]
             x = torch.cat((x, own.expand(x.shape[0], -1, -1)), dim=1)
-            own = None
+            own = self.index = None
         keep = tokens + state.carry_out if rows is None else min(rows, tokens)
         out = x.shape[1] if literal else keep
         if attn_mask is not None and x.shape[1] > tokens:
@@ -137,7 +140,7 @@ class BlockRun:
     ) -> tuple[Tensor, Tensor | None]:
         """The first `out` rows of x + attention, and their norm2 if it came with them."""
         if whole:
-            y = attention_branch(self, x, own, lambda own: self._extra(own, x.dtype))
+            y = attention_branch(self, x, own, lambda own: self._of_samples(self._extra(own, x.dtype)))
             if y is not None:
                 return y, None
         h = self._norm("norm1", x)
@@ -160,10 +163,14 @@ class BlockRun:
         return x + self._adapt(location, y, normed)
 
     def _prompt_rows(self, x: Tensor) -> Tensor | None:
-        """Rows that this block inserts: (p, d) if the batch shares them, else (B, p, d)."""
-        found = [e.rows(x.shape[0], x.dtype, self.noise) for e in self.extensions if isinstance(e, Prompts)]
+        """Rows that this block inserts: (p, d) if the batch shares them, else (B, p, d); of a bank (T, p, d)."""
+        prompts = [e for e in self.extensions if isinstance(e, Prompts)]
+        found = [e.rows(x.shape[0], x.dtype, self.noise) for e in prompts]
         if not found:
             return None
+        self.index = prompts[0].index
+        if self.index is not None and len(found) > 1:
+            raise MethodError("a bank of prompts cannot be combined with other prompts")
         if len(found) == 1:
             return found[0]
         if all(rows.dim() == 2 for rows in found):
@@ -253,8 +260,13 @@ class BlockRun:
             q, k, v = self._qkv(h, 0, 3)
         q = self._inner("q_norm", self._heads(q))
         k, v = self._inner("k_norm", self._heads(k)), self._heads(v)
-        pk, pv = join(self._extra(own, k.dtype), h.shape[0])
         options = {"dropout": self.attn_drop, "backend": self.backends["prompt_attention"]}
+        extra = self._extra(own, k.dtype)
+        if self.index is not None and len(extra) == 1:
+            options["prompt_index"] = self.index
+        else:
+            extra = self._of_samples(extra)
+        pk, pv = join(extra, h.shape[0])
         y = prompt_attention(q, k, v, pk, pv, mask, causal, spec.scale, **options)
         y = self._inner("attn_norm", y.transpose(1, 2).flatten(2))
         return self._inner("proj_drop", self._linear("o", y))
@@ -266,6 +278,13 @@ class BlockRun:
             if isinstance(extension, KeyValues):
                 extra.append(tuple(self._heads(rows.to(dtype)) for rows in extension.keys_values()))
         return extra
+
+    def _of_samples(self, extra: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values with those of a bank of prompts, which come first, chosen for each sample."""
+        if self.index is None:
+            return extra
+        (k, v), *others = extra
+        return [(k[self.index], v[self.index]), *others]
 
     def _concatenates(self) -> bool:
         """Whether attention copies keys and values to put those of prompts beside them."""

@@ -58,7 +58,7 @@ def attention_branch(
         return None
     # Few rows are not worth a pack of their own; what else is keys and values has them ready.
     rows = None
-    many = own is not None and own.shape[:-1].numel() >= _FEW and own.dtype == x.dtype
+    many = own is not None and run.index is None and own.shape[:-1].numel() >= _FEW and own.dtype == x.dtype
     if many and not (qkv.terms or qkv.trained or extra(None)):
         rows = own
     keys_values = join([] if rows is not None else extra(own), x.shape[0])

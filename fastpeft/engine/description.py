@@ -89,6 +89,7 @@ class HostSpec:
         stem: names of the host's children and parameters that come before the blocks.
         final: names of the children between the last block and the head.
         heads: names of the linear output layers.
+        read_tokens: of the stem, the learned tokens whose rows the head reads.
         patch_area: pixels times channels of a patch, for the prompts' initial range.
         known_readout: what comes after the blocks is the family's own, so that its read-out rows are known.
         left_alone: (path, reason) of what the engine will not run.
@@ -102,6 +103,7 @@ class HostSpec:
     heads: tuple[str, ...]
     patch_area: int
     known_readout: bool = True
+    read_tokens: tuple[str, ...] = ()
     left_alone: list[tuple[str, str]] = field(default_factory=list)
 
 

@@ -69,7 +69,10 @@ class Prompts(Extension):
         length: p.
         dropout: probability, drawn again at every insertion.
         per_sample: every image has its own mask; otherwise the batch shares one.
+        index: (batch,), which of several sets each sample has; None: one set.
     """
+
+    index: Tensor | None = None
 
     def __init__(self, prompts: nn.Parameter, length: int, dropout: float = 0.0, per_sample: bool = True):
         super().__init__()
@@ -93,6 +96,19 @@ class Prompts(Extension):
 
     def extra_repr(self) -> str:
         return f"length={self.length}, dim={self.prompts.shape[-1]}, dropout={self.dropout}"
+
+
+class PromptBank(Prompts):
+    """Several sets of prompts, of which each sample has one. No dropout.
+
+    Attributes:
+        prompts: (T, p, d), or (T, 1, d) repeated p times.
+        index: (batch,), set before the model is called.
+    """
+
+    def rows(self, batch: int, dtype: torch.dtype, noise: Noise | None) -> Tensor:
+        """All sets, (T, p, d)."""
+        return self.prompts.to(dtype).expand(-1, self.length, -1)
 
 
 class KeyValues(Extension):

@@ -89,6 +89,10 @@ class ModelView:
         found = [self.host.get_submodule(name) for name in self.spec.heads]
         return [head for head in found if isinstance(head, nn.Linear)]
 
+    def read_tokens(self) -> list[nn.Parameter]:
+        """Embeddings of the tokens that the head reads; none if it reads others."""
+        return [self.host.get_parameter(name) for name in self.spec.read_tokens]
+
     def deepen(self, head: nn.Linear, layers: nn.Module) -> None:
         """Put layers before a linear head, as its child `mlp`.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from fastpeft.errors import MethodError
 from fastpeft.methods.base import Method, check, is_count, is_probability, names
 
 _INITS = ("uniform", "normal", "zero")
+_FILE = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,14 @@ class VPT(Method):
     Attributes:
         length: number of prompts p.
         deep: new prompts in every block; otherwise only in the first, whose outputs are carried on.
-        dropout: on the prompts, at every insertion. None: 0.1 if deep, else 0.
+        dropout: on the prompts, at every insertion. None: 0.1 if deep and trained, else 0.
         dropout_mask: "sample" draws a mask for every image, as the paper does; "batch" one for all, and prompts are
             then projected once a batch.
         depth: (i, j), counted from 1: prompts enter blocks i..j only. The outputs of block j's prompts are carried on.
         share: None, "intra" (one vector repeated within a block), "inter" (the same prompts in all blocks), "all".
-        init: "uniform" (the paper's), "normal" (std 0.02), "zero", or a tensor (p, d) or (blocks, p, d).
+        init: "uniform" (the paper's), "normal" (std 0.02), "zero", a tensor (p, d) or (blocks, p, d), or the path of a
+            .safetensors file that holds such a tensor as "prompts".
+        trained: False leaves the prompts as they start; they are then never dropped out.
     """
 
     name: ClassVar[str] = "vpt"
@@ -45,6 +49,7 @@ class VPT(Method):
     depth: tuple[int, int] | None = None
     share: str | None = None
     init: str | Tensor = "uniform"
+    trained: bool = True
 
     def __post_init__(self) -> None:
         check(is_count(self.length), f"VPT: length must be a positive integer, got {self.length!r}")
@@ -62,8 +67,12 @@ class VPT(Method):
             f"VPT: share must be None, 'intra', 'inter' or 'all', got {self.share!r}",
         )
         check(
-            isinstance(self.init, Tensor) or self.init in _INITS,
-            f"VPT: init must be one of {', '.join(_INITS)} or a tensor, got {self.init!r}",
+            isinstance(self.init, Tensor) or self.init in _INITS or _is_file(self.init),
+            f"VPT: init must be one of {', '.join(_INITS)}, a tensor or a {_FILE} file, got {self.init!r}",
+        )
+        check(isinstance(self.trained, bool), f"VPT: trained must be True or False, got {self.trained!r}")
+        check(
+            self.trained or not self.dropout, f"VPT: prompts that are not trained need dropout 0, got {self.dropout!r}"
         )
         if self.depth is not None:
             object.__setattr__(self, "depth", names(self.depth))
@@ -76,7 +85,7 @@ class VPT(Method):
     @property
     def drop(self) -> float:
         """The dropout probability in force."""
-        return (0.1 if self.deep else 0.0) if self.dropout is None else float(self.dropout)
+        return (0.1 if self.deep and self.trained else 0.0) if self.dropout is None else float(self.dropout)
 
     def blocks(self, count: int) -> range:
         """Positions, from 0, of the blocks that prompts enter in a model of `count` blocks."""
@@ -89,28 +98,50 @@ class VPT(Method):
         where = self.blocks(len(model.blocks))
         rows = 1 if self.share in ("intra", "all") else self.length
         shared: nn.Parameter | None = None
+        given = _read(self.init) if _is_file(self.init) else self.init
         for order, index in enumerate(where):
             block = model.blocks[index]
             prompts = shared
             if prompts is None:
-                prompts = nn.Parameter(self._start(model, rows, order, len(where)))
+                start = self._start(model, rows, order, len(where), given)
+                prompts = nn.Parameter(start, requires_grad=self.trained)
             if self.share in ("inter", "all"):
                 shared = prompts
             block.attach(self.name, Prompts(prompts, self.length, self.drop, self.dropout_mask == "sample"))
         model.carry(where[-1], len(model.blocks) - 1, self.length)
 
-    def _start(self, model: ModelView, rows: int, order: int, count: int) -> Tensor:
+    def to_dict(self) -> dict[str, Any]:
+        # A saved adapter holds the trained values; the file they started from need not be there any more.
+        return super().to_dict() | ({"init": "zero"} if _is_file(self.init) else {})
+
+    def _start(self, model: ModelView, rows: int, order: int, count: int, init: str | Tensor) -> Tensor:
         dim = model.dim
-        if isinstance(self.init, Tensor):
-            value = self.init[order] if self.init.dim() == 3 and len(self.init) == count else self.init
+        if isinstance(init, Tensor):
+            value = init[order] if init.dim() == 3 and len(init) == count else init
             check(
                 tuple(value.shape) == (rows, dim),
-                f"VPT: init has shape {tuple(self.init.shape)}, expected ({rows}, {dim}) or ({count}, {rows}, {dim})",
+                f"VPT: init has shape {tuple(init.shape)}, expected ({rows}, {dim}) or ({count}, {rows}, {dim})",
             )
             return value.detach().clone().float()
-        if self.init == "zero":
+        if init == "zero":
             return torch.zeros(rows, dim)
-        if self.init == "normal":
+        if init == "normal":
             return torch.randn(rows, dim) * 0.02
         bound = math.sqrt(6.0 / (model.patch_area + dim))
         return torch.empty(rows, dim).uniform_(-bound, bound)
+
+
+def _is_file(init: Any) -> bool:
+    return isinstance(init, (str, Path)) and str(init).endswith(_FILE)
+
+
+def _read(path: str | Path) -> Tensor:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise MethodError(f"VPT: init {path} cannot be read: {error}") from error
+    check("prompts" in found, f"VPT: init {path} holds {', '.join(found) or 'nothing'}, expected a tensor 'prompts'")
+    return found["prompts"]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fastpeft._compat import import_timm
-from fastpeft.errors import FastPEFTError
+from fastpeft.errors import FastPEFTError, MethodError
 from fastpeft.models.checkpoints import load_weights
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,28 @@ def build_model(
     else:
         logger.info("%s: %s", name, load_weights(model, weights, pos_resize=pos_resize))
     return model
+
+
+def start_from(model: nn.Module, folder: str | Path) -> None:
+    """Give a plain model the backbone and head that an adapter of its own weights trained, in place.
+
+    Args:
+        model: As the adapter's training began with it, or of any weights if the adapter has all of them.
+        folder: Written by `fastpeft.save` for `full`, `partial`, `bitfit` or another method without tensors of its own.
+
+    Raises:
+        FastPEFTError: The folder is no such adapter, or is of another model; the model is then unchanged.
+    """
+    import fastpeft
+
+    fastpeft.load(model, folder)
+    try:
+        fastpeft.unpatch(model)
+    except MethodError as error:
+        fastpeft.unpatch(model, discard=True)
+        raise MethodError(
+            f"{folder}: its method adds tensors of its own, so its backbone alone is not what it trained ({error})"
+        ) from error
 
 
 def default_mean_std(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -109,6 +109,7 @@ def _finish(loop: Loop, summary: Any) -> dict[str, Any]:
     selected = position.epoch
     if work.val_split is not None:
         test["last"] = loop.measure("test")["test_accuracy"]
+    if work.val_split is not None and config.train.select == "best":
         chosen, selected = loop.best, int(position.best["epoch"])
         if selected != position.epoch:
             loop.stepper.load_parameters(chosen)
@@ -124,6 +125,7 @@ def _finish(loop: Loop, summary: Any) -> dict[str, Any]:
         "trained_parameters": summary.trainable,
         "backbone_parameters": summary.backbone,
         "trained_share": summary.share,
+        "train_size": work.deal.size,
         "test_accuracy": test,
         "selected_epoch": selected,
         "history": position.history,
@@ -162,6 +164,8 @@ def _export(task: Task, tensors: dict[str, torch.Tensor], epoch: int, folder: Ru
         folder.adapter,
         base_model=config.model.name,
         weights=config.model.weights,
+        **({"model_options": config.model.options} if config.model.options else {}),
+        start=config.model.start,
         init_seed=task.init_seed,
         image_size=config.model.image_size,
         num_classes=task.num_classes,

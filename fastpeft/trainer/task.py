@@ -45,15 +45,22 @@ class Task:
 
     def build(self) -> nn.Module:
         """A new fp32 model on the CPU, patched and initialised; the same one every time."""
-        from fastpeft.models.build import build_model
+        from fastpeft.models.build import build_model, start_from
 
         model_config, train = self.config.model, self.config.train
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.init_seed)
             with blame(self.source, "model"):
                 model = build_model(
-                    model_config.name, self.num_classes, model_config.image_size, weights=model_config.weights
+                    model_config.name,
+                    self.num_classes,
+                    model_config.image_size,
+                    weights=model_config.weights,
+                    **model_config.options,
                 )
+            if model_config.start is not None:
+                with blame(self.source, "model.start"):
+                    start_from(model, model_config.start)
             with blame(self.source, "method"):
                 fastpeft.patch(model, fastpeft.methods.from_dict(self.config.method), backend=self.config.model.backend)
             if train.head_init == "vpt":

@@ -86,7 +86,7 @@ def test_a_file_of_something_else(tmp_path):
     with pytest.raises(TableError, match=r"results\.csv: its columns are not those"):
         Results(tmp_path / "results.csv").rows()
     (tmp_path / "other.csv").write_text(",".join(FIELDS) + "\nsvhn,full\n")
-    with pytest.raises(TableError, match=r"other\.csv:2: expected 18 fields"):
+    with pytest.raises(TableError, match=r"other\.csv:2: expected 20 fields"):
         Results(tmp_path / "other.csv").rows()
 
 
@@ -162,7 +162,7 @@ def test_which_tasks_a_folder_has(vtab):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["vpt-l"], "unknown table 'vpt-l'; did you mean 'vpt-1'?"),
+        (["vpt-fiq7"], "unknown table 'vpt-fiq7'; did you mean 'vpt-fig7'?"),
         (["vpt-1", "--methods", "vptdeep"], "unknown method 'vptdeep'; did you mean 'vpt-deep'?"),
         (["vpt-1", "--tasks", "eurosatt"], "unknown task 'eurosatt'; did you mean 'eurosat'?"),
         (["vpt-1", "--tasks", "svhn"], "no folder for svhn"),

@@ -115,6 +115,47 @@ def test_start_from_a_tensor_of_another_shape(shape):
         fastpeft.patch(vit(), VPT(4, init=torch.zeros(shape)))
 
 
+def test_start_from_a_file(tmp_path):
+    from safetensors.torch import save_file
+
+    file = tmp_path / "start.safetensors"
+    start = torch.randn(4, DIM)
+    save_file({"prompts": start}, file)
+    model = fastpeft.patch(vit(), VPT(4, init=str(file), trained=False))
+    assert all(torch.equal(tensor, start) and not tensor.requires_grad for tensor in prompts(model).values())
+    fastpeft.save(model, tmp_path / "saved")
+    file.unlink()
+    # The adapter holds the prompts; the file that they came from may go.
+    loaded = fastpeft.load(vit(), tmp_path / "saved")
+    assert all(torch.equal(tensor, start) and not tensor.requires_grad for tensor in prompts(loaded).values())
+    with pytest.raises(MethodError, match=r"init .*start\.safetensors cannot be read"):
+        fastpeft.patch(vit(), VPT(4, init=str(file)))
+    save_file({"other": start}, file)
+    with pytest.raises(MethodError, match="holds other, expected a tensor 'prompts'"):
+        fastpeft.patch(vit(), VPT(4, init=str(file)))
+
+
+def test_prompts_that_are_not_trained():
+    model = fastpeft.patch(vit(), VPT(4, trained=False))
+    assert set(fastpeft.parameter_groups(model)) == {"head"}
+    # Nothing before the head is trained or random, so it is a constant per image.
+    assert fastpeft.frozen_prefix(model).start == len(model.blocks) + 1
+    assert not torch.equal(fastpeft.patch(vit(), fastpeft.Linear())(images()), model(images()))
+    with pytest.raises(MethodError, match="not trained need dropout 0"):
+        VPT(4, trained=False, dropout=0.1)
+
+
+def test_the_class_token_alone():
+    model = fastpeft.patch(vit(), fastpeft.ClassToken())
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained == ["cls_token", "head.weight", "head.bias"]
+    assert fastpeft.frozen_prefix(model) is None
+    both = fastpeft.patch(vit("distilled"), fastpeft.ClassToken())
+    assert both.cls_token.requires_grad and both.dist_token.requires_grad
+    with pytest.raises(MethodError, match="reads no learned token"):
+        fastpeft.patch(vit("average_pool"), fastpeft.ClassToken())
+
+
 @pytest.mark.parametrize("method, rate", [(VPT(4), 0.1), (VPT(4, deep=False), 0.0), (VPT(4, False, 0.2), 0.2)], ids=str)
 def test_default_dropout_is_the_papers(method, rate):
     model = fastpeft.patch(vit(), method)

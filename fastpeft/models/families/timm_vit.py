@@ -189,6 +189,7 @@ class TimmVitFamily(Family):
             heads=tuple(name for name in _HEADS if isinstance(getattr(module, name, None), nn.Module)),
             patch_area=_patch_area(module),
             known_readout=_known_readout(cls),
+            read_tokens=_read_tokens(module),
         )
         for index, block in enumerate(module.blocks):
             path = f"blocks.{index}"
@@ -212,6 +213,12 @@ def _known_readout(cls: type) -> bool:
 
     heads = (VisionTransformer.forward_head, VisionTransformerDistilled.forward_head)
     return cls.forward_head in heads and cls.pool is VisionTransformer.pool
+
+
+def _read_tokens(module: nn.Module) -> tuple[str, ...]:
+    if module.global_pool != "token":
+        return ()
+    return tuple(name for name in ("cls_token", "dist_token") if getattr(module, name, None) is not None)
 
 
 def _unsupported(block: nn.Module) -> str | None:
