@@ -14,6 +14,7 @@ import fastpeft
 from bench.tables import protocol as protocols
 from bench.tables.protocol import Point, Protocol, Row
 from bench.tables.results import point_text
+from bench.tables.tasks import data_fields
 from fastpeft.config import Config
 from fastpeft.trainer import launch, session
 from fastpeft.trainer.loop import DivergedError
@@ -53,7 +54,7 @@ class Job:
         folder: of the task under the data's root.
         root: of the data.
         stage: "search" trains on train800 and is scored on val200; "final" trains on both and is tested.
-        resize: as of a configuration's `data.resize`.
+        resize: of VTAB-1k's images, as of a configuration's `data.resize`.
     """
 
     backbone: Backbone
@@ -96,14 +97,7 @@ class Job:
         return Config.model_validate(
             {
                 "model": model,
-                "data": {
-                    "name": "vtab",
-                    "root": str(self.root),
-                    "task": self.folder,
-                    "protocol": self.stage,
-                    "resize": self.resize,
-                    **test,
-                },
+                "data": {**data_fields(self.root, self.folder, self.stage, self.resize), **test},
                 "method": protocols.method(self.row, point),
                 "train": {
                     "epochs": self.protocol.epochs,
