@@ -54,7 +54,7 @@ class Job:
         folder: of the task under the data's root.
         root: of the data.
         stage: "search" trains on train800 and is scored on val200; "final" trains on both and is tested.
-        resize: of VTAB-1k's images, as of a configuration's `data.resize`.
+        resize: as of a configuration's `data.resize`.
     """
 
     backbone: Backbone
