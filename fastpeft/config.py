@@ -74,11 +74,14 @@ class DataConfig(_Section):
     """Where the images come from.
 
     Attributes:
-        name: `mnist` and `digits` come with installed packages; `vtab` is a VTAB-1k folder with list files;
-            `folder` is one sub-folder a class under `train`, `test` and optionally `val`.
-        root: Folder of `vtab` and `folder` data.
-        task: The VTAB task, a folder under `root`.
-        protocol: VTAB: `final` trains on train800val200, `search` trains on train800 and validates on val200.
+        name: `mnist` and `digits` come with installed packages; `vtab` is a VTAB-1k folder with list files; `fgvc` a
+            fine-grained data set with its JSON splits or its own lists; `folder` is one sub-folder a class under
+            `train`, `test` and optionally `val`.
+        root: Folder of `vtab`, `fgvc` and `folder` data.
+        task: The VTAB task or FGVC data set, a folder under `root`.
+        protocol: VTAB: `final` trains on train800val200, `search` trains on train800 and validates on val200. FGVC:
+            both train on the same images, `search` validates.
+        train_list: FGVC: the JSON list of the training images if not train.json, such as train_0.1.json.
         resize: `squash` resizes straight to the square input, `squash_legacy` on TensorFlow 1's grid and
             `squash_antialias` filtered; `crop` resizes the shorter side and crops the centre.
         augment: Random transforms of training images; `none` makes the training images deterministic, `crop_flip`
@@ -100,10 +103,11 @@ class DataConfig(_Section):
         workers: Loader processes; 0 reads images in the training process.
     """
 
-    name: Literal["mnist", "digits", "vtab", "folder"]
+    name: Literal["mnist", "digits", "vtab", "fgvc", "folder"]
     root: str | None = None
     task: str | None = None
     protocol: Literal["final", "search"] = "final"
+    train_list: str | None = None
     resize: Literal["squash", "squash_legacy", "squash_antialias", "crop"] = "squash"
     augment: Literal["none", "flip", "crop_flip"] = "none"
     val_fraction: float = Field(default=0.0, ge=0, lt=1)
@@ -119,10 +123,12 @@ class DataConfig(_Section):
 
     @model_validator(mode="after")
     def _places(self) -> DataConfig:
-        if self.name in ("vtab", "folder") and self.root is None:
+        if self.name in ("vtab", "fgvc", "folder") and self.root is None:
             raise ValueError(f"data '{self.name}' needs data.root, the folder that holds it")
-        if self.name == "vtab" and self.task is None:
-            raise ValueError("data 'vtab' needs data.task, the task's folder under data.root")
+        if self.name in ("vtab", "fgvc") and self.task is None:
+            raise ValueError(f"data '{self.name}' needs data.task, the task's folder under data.root")
+        if self.name != "fgvc" and self.train_list is not None:
+            raise ValueError(f"data.train_list names a list of FGVC data, and data.name is '{self.name}'")
         if self.augment == "crop_flip" and self.resize != "crop":
             raise ValueError(f"augment 'crop_flip' needs resize 'crop', which leaves room to crop, got '{self.resize}'")
         return self

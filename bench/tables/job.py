@@ -15,6 +15,7 @@ from bench.tables import curves
 from bench.tables import protocol as protocols
 from bench.tables.protocol import Point, Protocol, Row
 from bench.tables.results import point_text
+from bench.tables.tasks import data_fields
 from bench.tables.training_set import DEFAULT, TrainingSet
 from fastpeft.config import Config
 from fastpeft.trainer import launch, session
@@ -121,11 +122,7 @@ class Job:
             {
                 "model": model,
                 "data": {
-                    "name": "vtab",
-                    "root": str(self.root),
-                    "task": self.folder,
-                    "protocol": "search" if self.stage == "search" else "final",
-                    "resize": self.resize,
+                    **data_fields(self.root, self.folder, self.stage, self.resize),
                     **self.images.fields(self.root / self.folder),
                     **test,
                 },

@@ -12,6 +12,7 @@ from fastpeft.data.dataset import ImageDataset
 from fastpeft.data.digits import CLASS_NAMES, open_digits, open_mnist
 from fastpeft.data.draws import DRAWS, drawn_order
 from fastpeft.data.errors import DataError
+from fastpeft.data.fgvc import open_fgvc
 from fastpeft.data.folder import open_folder
 from fastpeft.data.sources import Source
 from fastpeft.data.vtab import Draw, open_vtab
@@ -55,6 +56,7 @@ class _Request:
     root: str | None = None
     task: str | None = None
     protocol: str = "final"
+    train_list: str | None = None
     resize: str = "squash"
     augment: str = "none"
     val_fraction: float = 0.0
@@ -86,10 +88,10 @@ def open_splits(data: Any, image_size: int, mean: Sequence[float], std: Sequence
     """Open a task's images. Reads lists and labels; images are decoded later.
 
     Args:
-        data: A mapping or an object with the fields of `fastpeft.config.DataConfig`: `name` (`mnist`, `digits`, `vtab`
-            or `folder`), `root`, `task`, `protocol`, `resize`, `augment`, `val_fraction`, `train_size`,
-            `train_fraction`, `val_size`, `test_size`, `per_class`, `pool`, `draw`; and `seed` of the draws, 0 if
-            absent, so that runs with different training seeds see the same images.
+        data: A mapping or an object with the fields of `fastpeft.config.DataConfig`: `name` (`mnist`, `digits`, `vtab`,
+            `fgvc` or `folder`), `root`, `task`, `protocol`, `train_list`, `resize`, `augment`, `val_fraction`,
+            `train_size`, `train_fraction`, `val_size`, `test_size`, `per_class`, `pool`, `draw`; and `seed` of the draws,
+            0 if absent, so that runs with different training seeds see the same images.
         image_size: Side of the model's square input.
         mean: Channel means of pixels in [0, 1].
         std: Channel deviations of pixels in [0, 1].
@@ -121,7 +123,7 @@ def open_splits(data: Any, image_size: int, mean: Sequence[float], std: Sequence
     train, test = dataset("train"), dataset("test")
     val = dataset("val") if "val" in sources else None
     sizes = [f"{len(train):,} train"] + ([f"{len(val):,} val"] if val else []) + [f"{len(test):,} test"]
-    what = f"{request.name} {request.task} ({request.protocol})" if request.name == "vtab" else request.name
+    what = f"{request.name} {request.task} ({request.protocol})" if request.name in ("vtab", "fgvc") else request.name
     description = f"{what}: {', '.join(sizes)} images, {len(class_names)} classes, {request.resize} to {image_size} px"
     return Splits(train, val, test, class_names, train.deterministic, description)
 
@@ -157,6 +159,14 @@ def _read_vtab(request: _Request) -> tuple[dict[str, Source], list[str]]:
     return open_vtab(request.root, request.task, request.protocol, draw)
 
 
+def _read_fgvc(request: _Request) -> tuple[dict[str, Source], list[str]]:
+    if request.root is None or request.task is None:
+        raise DataError("data: 'fgvc' needs root, the folder with the data sets' folders, and task")
+    if request.val_fraction:
+        raise DataError("data: val_fraction: 'fgvc' has validation images of its own; use protocol 'search'")
+    return open_fgvc(request.root, request.task, request.protocol, request.train_list)
+
+
 def _read_folder(request: _Request) -> tuple[dict[str, Source], list[str]]:
     if request.root is None:
         raise DataError("data: 'folder' needs root, the folder that holds train/ and test/")
@@ -166,7 +176,13 @@ def _read_folder(request: _Request) -> tuple[dict[str, Source], list[str]]:
     return sources, names
 
 
-_READERS = {"mnist": _read_digits, "digits": _read_digits, "vtab": _read_vtab, "folder": _read_folder}
+_READERS = {
+    "mnist": _read_digits,
+    "digits": _read_digits,
+    "vtab": _read_vtab,
+    "fgvc": _read_fgvc,
+    "folder": _read_folder,
+}
 
 
 def _hold_out(sources: dict[str, Source], request: _Request) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fastpeft.data.draws import draw_train_and_val, some_of_each_class
 from fastpeft.data.errors import DataError
+from fastpeft.data.home import Home
 from fastpeft.data.sources import FileSource
 
 # Folder names that the usual converters and readers write for one task, and its number of classes.
@@ -131,7 +132,7 @@ def read_list(folder: Path, file: str, classes: int | None = None) -> FileSource
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as a list file: {error}") from None
-    home = _Home(folder)
+    home = Home(folder)
     paths, labels = [], []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -145,31 +146,6 @@ def read_list(folder: Path, file: str, classes: int | None = None) -> FileSource
     if not paths:
         raise DataError(f"{path}: the list is empty")
     return FileSource(paths, labels)
-
-
-class _Home:
-    """A folder out of which no path of a list leads."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder.resolve()
-        self._parents: dict[Path, Path] = {}
-
-    def find(self, relative: str, where: str) -> Path:
-        """The existing file that a list means, with symbolic links resolved."""
-        given = Path(relative)
-        if given.is_absolute() or ".." in given.parts:
-            raise DataError(f"{where}: '{relative}': expected a path inside {self.folder}, relative and without '..'")
-        # Lists name thousands of files in a few folders: a folder's links are followed once.
-        if given.parent not in self._parents:
-            self._parents[given.parent] = (self.folder / given.parent).resolve()
-        path = self._parents[given.parent] / given.name
-        if path.is_symlink():
-            path = path.resolve()
-        if not path.is_relative_to(self.folder):
-            raise DataError(f"{where}: '{relative}' is a link to {path}, outside {self.folder}")
-        if not path.is_file():
-            raise DataError(f"{where}: '{relative}': no such file in {self.folder}")
-        return path
 
 
 def _label(text: str, classes: int | None, where: str) -> int:

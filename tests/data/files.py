@@ -36,7 +36,7 @@ def write_folders(root: Path, splits: dict[str, dict[str, int]]) -> Path:
     """Class folders: split -> class -> number of images; returns `root`."""
     for split, counts in splits.items():
         for name, count in counts.items():
-            (root / split / name).mkdir(parents=True)
+            (root / split / name).mkdir(parents=True, exist_ok=True)
             for index in range(count):
                 write_image(root / split / name / f"{index}.png", seed=index)
     return root

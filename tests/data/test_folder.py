@@ -39,6 +39,19 @@ def test_new_class_outside_train_is_an_error(tmp_path):
         open_folder(tmp_path)
 
 
+def test_class_folders_alone_give_a_fifth_for_testing(tmp_path):
+    write_folders(tmp_path, {"ape": {"": 10}, "bee": {"": 3}})
+    (tmp_path / "notes.txt").write_text("x")
+    sources, names = open_folder(tmp_path)
+    assert names == ["ape", "bee"] and sorted(sources) == ["test", "train"]
+    assert (sources["test"].labels, sources["train"].labels) == ([0, 0, 1], [0] * 8 + [1] * 2)
+    assert not set(sources["test"].paths) & set(sources["train"].paths)
+    assert sources["test"].paths == open_folder(tmp_path)[0]["test"].paths
+    write_folders(tmp_path, {"cat": {"": 1}})
+    with pytest.raises(DataError, match="cat: 1 images; at least two are needed"):
+        open_folder(tmp_path)
+
+
 @pytest.mark.parametrize(
     "splits, message",
     [

@@ -97,8 +97,8 @@ def test_configuration_objects_are_read():
 @pytest.mark.parametrize(
     "data, message",
     [
-        ({}, "'name' is missing; expected one of mnist, digits, vtab, folder"),
-        ({"name": "imagenet"}, "name: expected one of mnist, digits, vtab, folder, got 'imagenet'"),
+        ({}, "'name' is missing; expected one of mnist, digits, vtab, fgvc, folder"),
+        ({"name": "imagenet"}, "name: expected one of mnist, digits, vtab, fgvc, folder, got 'imagenet'"),
         ({"name": "vtab"}, "needs root"),
         ({"name": "vtab", "root": "x"}, "needs root, the folder with the task folders, and task"),
         ({"name": "folder"}, "needs root"),
