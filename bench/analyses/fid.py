@@ -163,7 +163,7 @@ def lay_out(found: list[Measured], matrix: np.ndarray, key: str) -> Layout:
         for column in range(len(found)):
             printed = cells.cell("vpt_or_ft_table19", task=gaps.task_of(one.name), metric="fid")
             paper = "" if column or not row or printed is None else str(printed)
-            entries.append(Entry("0" if row == column else f"{matrix[row, column]:.4g}", None, paper))
+            entries.append(Entry(number(matrix[row, column]), None, paper))
         table.rows.append((one.name, entries))
     table.notes.append(f"Features: {key}. Reference: {reference}.")
     if any(entry.paper for _, entries in table.rows for entry in entries):
@@ -171,6 +171,11 @@ def lay_out(found: list[Measured], matrix: np.ndarray, key: str) -> Layout:
             "In round brackets the paper's distance, of Inception features, from a reference that it does not name."
         )
     return table
+
+
+def number(value: float) -> str:
+    """A distance in four digits, without an exponent where a reader can do without."""
+    return f"{value:,.0f}" if value >= 1000 else "0" if value == 0 else f"{value:#.4g}"
 
 
 def _caveats(found: list[Measured]) -> list[str]:
@@ -202,7 +207,7 @@ def _compare(
     rows = gaps.gaps(to_reference, known, first, second)
     table = Layout(f"{second} against {first} and the distance to {reference}", ("task", "distance", "difference"))
     for gap in sorted(rows, key=lambda gap: gap.distance):
-        table.rows.append((gap.task, [Entry(f"{gap.distance:.4g}"), Entry(f"{gap.difference:+.2f}")]))
+        table.rows.append((gap.task, [Entry(number(gap.distance)), Entry(f"{gap.difference:+.2f}")]))
     table.notes += [f"Accuracies: {known.setup}, in points.", f"{gaps.correlation(rows)}."]
     command.write(out / "fid-gaps.md", table.markdown())
     command.write(out / "fid-gaps.tex", table.latex())
@@ -222,7 +227,7 @@ def figure(names: list[str], matrix: np.ndarray, key: str) -> Figure:
     middle = matrix.max() / 2
     for (row, column), value in np.ndenumerate(matrix):
         axes.text(
-            column, row, f"{value:.3g}", ha="center", va="center", fontsize="x-small",
+            column, row, number(value), ha="center", va="center", fontsize="x-small",
             color="black" if value > middle else "white",
         )  # fmt: skip
     drawn.colorbar(image, ax=axes, shrink=0.8, label="Fréchet distance")

@@ -62,7 +62,7 @@ class OnTask:
         difference: of the means, in points.
         interval: of the difference, 95 %.
         effect: Hedges' g.
-        p: one-tailed, or None for fewer than two seeds or none that differ.
+        p: one-tailed, or None for fewer than two seeds or two samples that do not vary.
         holm: p adjusted for all rivals and tasks, or None.
     """
 
@@ -143,7 +143,9 @@ def on_tasks(ours: Seeds, rivals: Mapping[str, Seeds]) -> list[OnTask]:
     for name, theirs in rivals.items():
         for task in (task for task in ours if task in theirs):
             first, second = list(ours[task].values()), list(theirs[task].values())
-            test = statistics.welch(first, second)
+            # Seeds that all agree say nothing of chance: of two such samples every difference would count as certain.
+            varies = len(set(first)) > 1 or len(set(second)) > 1
+            test = statistics.welch(first, second) if varies else None
             found.append(
                 OnTask(
                     name,
@@ -207,7 +209,7 @@ def _welch_table(method: str, found: Sequence[OnTask]) -> Layout:
 
 
 def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:+.2f}"
+    return f"{value:+.2f}" if math.isfinite(value) else "-"
 
 
 def _p(value: float | None) -> str:

@@ -102,7 +102,7 @@ def test_tests_are_scipys(measured):
 
 
 def test_seeds_that_cannot_be_tested_take_no_part_in_the_correction():
-    ours = {"dtd": {0: 50.0, 1: 52.0}, "svhn": {0: 50.0}, "eurosat": {0: 60.0, 1: 60.0}}
+    ours = {"dtd": {0: 50.0, 1: 52.0}, "svhn": {0: 50.0}, "eurosat": {0: 70.0, 1: 70.0}}
     theirs = {"dtd": {0: 40.0, 1: 41.0}, "svhn": {0: 49.0}, "eurosat": {0: 60.0, 1: 60.0}, "kitti": {0: 1.0}}
     found = {one.task: one for one in on_tasks(ours, {"full": theirs, "none": {"kitti": {0: 1.0}}})}
     assert set(found) == {"dtd", "svhn", "eurosat"}
