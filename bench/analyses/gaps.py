@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from bench.analyses.accuracies import Accuracies
 from bench.analyses.errors import AnalysisError
@@ -16,6 +19,11 @@ from bench.tables.tasks import TASKS
 # Up to so many pairings of n points are counted; of more, so many are drawn.
 _PAIRINGS = 9999
 _LEAST = 3
+# Of a name beside its point, in points of type, the best first.
+_PLACES = (
+    (6, 0, "left"), (-6, 0, "right"), (0, 9, "center"), (0, -9, "center"), (6, 7, "left"), (6, -7, "left"),
+    (-6, 7, "right"), (-6, -7, "right"),
+)  # fmt: skip
 _COLOURS = {"natural": "tab:green", "specialized": "tab:orange", "structured": "tab:blue"}
 
 
@@ -116,7 +124,7 @@ def correlation(found: Sequence[Gap]) -> Correlation:
 
 def figure(found: Sequence[Gap], reference: str, first: str, second: str) -> Figure:
     """Differences over distances, a point a task."""
-    drawn = Figure(figsize=(6.4, 4.4), layout="constrained")
+    drawn = Figure(figsize=(7.6, 5.2), layout="constrained")
     axes = drawn.add_subplot()
     axes.axhline(0, color="0.6", linewidth=0.8)
     groups = {task.name: task.group for task in TASKS}
@@ -128,13 +136,33 @@ def figure(found: Sequence[Gap], reference: str, first: str, second: str) -> Fig
             color=_COLOURS.get(group, "0.3"),
             label=group,
         )
-    for gap in found:
-        axes.annotate(
-            gap.task, (gap.distance, gap.difference), xytext=(4, 4), textcoords="offset points", fontsize="x-small"
-        )
     axes.margins(x=0.12, y=0.12)
     axes.set_xlabel(f"Fréchet distance to {reference}")
     axes.set_ylabel(f"accuracy, {second} - {first} (points)")
     axes.set_title(str(correlation(found)), fontsize="medium")
     axes.legend(frameon=False, fontsize="small")
+    _name(axes, found)
     return drawn
+
+
+def _name(axes: Axes, found: Sequence[Gap]) -> None:
+    """Write the tasks' names beside their points, each where it covers no point and no other name, if there is room."""
+    # Places are known when the figure has been laid out.
+    canvas = FigureCanvasAgg(axes.figure)
+    canvas.draw()
+    radius = 4 * axes.figure.dpi / 72
+    centres = axes.transData.transform([(gap.distance, gap.difference) for gap in found])
+    taken = [Bbox.from_extents(x - radius, y - radius, x + radius, y + radius) for x, y in centres]
+    for gap in found:
+        names = []
+        for x, y, side in _PLACES:
+            name = axes.annotate(
+                gap.task, (gap.distance, gap.difference), xytext=(x, y), textcoords="offset points", ha=side,
+                va="center", fontsize="x-small",
+            )  # fmt: skip
+            names.append((name, name.get_window_extent(canvas.get_renderer())))
+        free = next((one for one in names if not any(one[1].overlaps(other) for other in taken)), names[0])
+        taken.append(free[1])
+        for name, _ in names:
+            if name is not free[0]:
+                name.remove()
