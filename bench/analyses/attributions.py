@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of that draw")
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("--layer", metavar="PATH", help="of Grad-CAM; default: the last block's first norm")
-    parser.add_argument("--steps", type=int, default=64, metavar="N", help="of Integrated Gradients")
+    parser.add_argument("--steps", type=int, default=128, metavar="N", help="of Integrated Gradients")
     parser.add_argument("--baseline", default="mean", choices=_BASELINES, help="colour that gradients start from")
     parser.add_argument("--target", choices=("true", "predicted"), help="class that is explained; default: see above")
     parser.add_argument("--weights", metavar="WEIGHTS", help="where the base model's weights are, if they moved")

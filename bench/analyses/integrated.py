@@ -34,7 +34,7 @@ class Integrated:
 
 
 def integrated_gradients(
-    model: nn.Module, images: Tensor, targets: Tensor, baseline: Tensor, steps: int = 64, batch_size: int = 64
+    model: nn.Module, images: Tensor, targets: Tensor, baseline: Tensor, steps: int = 128, batch_size: int = 64
 ) -> Integrated:
     """Attribute a class's logit to the pixels.
 
