@@ -1,0 +1,1 @@
+"""What the papers look at besides accuracy: distances between data sets, attributions, embeddings, significance."""
