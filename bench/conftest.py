@@ -12,7 +12,7 @@ from bench.timing import environment
 
 _COMPARED: pytest.StashKey[list[dict]] = pytest.StashKey()
 # What pytest-benchmark notes of a machine and is another in every run, or is nobody's business.
-_FLEETING = ("node", "cpu")
+_FLEETING = ("node", "cpu", "release", "python_build")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,6 +44,13 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     """Leave out what changes from run to run, so that a warning about another machine means one."""
     for name in _FLEETING:
         machine_info.pop(name, None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict) -> None:
+    """Leave out what a checkout is called."""
+    for name in ("project", "branch"):
+        commit_info.pop(name, None)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -44,10 +44,9 @@ def _noted(benchmark, session: Session, row, phase: str, who: str, mode: str, re
     record |= {"median_ms": 1000 * statistics.median(turns)} | figures
     if "floor" in record:
         record["floor_ms"] = 1000 * record.pop("floor")
-    if who == OURS and not row.operator:
-        record |= {"tuned_percent": session.tuned_percent(row), "accuracy": session.accuracies.of(row)}
     benchmark.extra_info |= record
-    session.records.append(record)
+    tuned = session.tuned_percent(row) if who == OURS else None
+    session.records.append(record | {"tuned_percent": tuned})
 
 
 def test_eager(benchmark, cost_session, row, phase, who, replay):

@@ -125,11 +125,9 @@ class MethodSteps:
         return floor(model, token_rows(model, self.settings.batch))
 
     def trained_percent(self) -> float:
-        """Parameters trained, with the head, in percent of the backbone's."""
-        model = build(LITERAL, METHODS[self.name](), plain(self.settings))
-        head = sum(p.numel() for p in plain(self.settings).get_classifier().parameters())
-        backbone = sum(p.numel() for p in plain(self.settings).parameters()) - head
-        return 100 * min(1.0, sum(p.numel() for p in model.parameters() if p.requires_grad) / backbone)
+        """Parameters trained, with the head, in percent of all that the model then has."""
+        parameters = list(build(LITERAL, METHODS[self.name](), plain(self.settings)).parameters())
+        return 100 * sum(p.numel() for p in parameters if p.requires_grad) / sum(p.numel() for p in parameters)
 
 
 def require_peft() -> None:

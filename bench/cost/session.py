@@ -137,7 +137,7 @@ class Session:
         return self._measurements.figures(row, phase, who, mode)
 
     def tuned_percent(self, row: Row) -> float | None:
-        """Parameters trained, in percent of the backbone's."""
+        """Parameters trained, in percent of the model's."""
         return self._measurements.steps(row).trained_percent()
 
     def _progress(self, say: Callable[[str], None]) -> Callable[[str], None]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import check
-from bench.cost import accuracy, compare, operators, selection
+from bench.cost import accuracy, compare, methods, operators, selection
 from bench.cost.accuracy import Accuracies
 from bench.cost.measure import COMPILED, EAGER, FLOOR, Clock, Measurements, against, measure, steps_of
 from bench.cost.methods import INFERENCE, LITERAL, OURS, PEFT, TRAIN
@@ -154,6 +154,16 @@ def test_nothing_is_compiled_when_time_is_up_and_the_table_says_so():
         "unavailable": "not compiled within 0 minutes (--bench-minutes)"
     }
     assert Session(choose(["vpt-deep-1"]), LITTLE, Accuracies(), print, "none").cells(COMPILED) == []
+
+
+def test_the_trained_share_is_the_papers():
+    steps = steps_of(Row("full"), LITTLE)
+    assert steps.trained_percent() == 100.0 and steps_of(Row("mlp"), LITTLE).trained_percent() is None
+    # 6 blocks, 64 wide: 200 prompts each, and a head of 100 classes.
+    model = sum(p.numel() for p in methods.plain(LITTLE).parameters())
+    prompts, head = 6 * 200 * 64, 64 * 100 + 100
+    found = steps_of(Row("vpt-deep-200"), LITTLE).trained_percent()
+    assert found == pytest.approx(100 * (prompts + head) / (model + prompts))
 
 
 def test_a_replay_lets_the_time_of_every_turn_pass():
