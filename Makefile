@@ -18,12 +18,13 @@ ACCELERATOR := $(if $(shell command -v nvidia-smi),,DS_ACCELERATOR=cpu)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow lint clean
+.PHONY: help setup train test test-slow bench-check lint clean
 
 help:
 	@echo "make train      set up .venv, fine-tune on $(CONFIG), compare with the literal implementation"
 	@echo "make test       set up .venv, run the test suite (minutes)"
 	@echo "make test-slow  the tests that take longer; also compiles the CUDA kernels, with an nvcc of its own"
+	@echo "make bench-check  has a step become slower than the committed results of this machine? (minutes)"
 	@echo "make setup      .venv alone, with everything the other commands need"
 	@echo "make lint       formatter and linter, reporting only"
 	@echo "make clean      remove .venv, builds and caches"
@@ -39,6 +40,9 @@ test: setup
 
 test-slow: setup $(STAMPS)/nvcc
 	FASTPEFT_TEST_NVCC=$(abspath .venv/nvcc/nvidia/cu13) $(PYTEST) -m slow
+
+bench-check: setup
+	$(BIN)/python -m bench.check
 
 lint: setup
 	$(BIN)/ruff format --check .
