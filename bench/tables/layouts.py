@@ -23,7 +23,9 @@ def group_heading(view: View) -> tuple[str, ...]:
     )
 
 
-def group_entries(view: View, row: Row, file: str, role: str = MAIN, printed_as: str = "", **where: str) -> list[Entry]:
+def group_entries(
+    view: View, row: Row, file: str, role: str = MAIN, printed_as: str = "", against_full: bool = True, **where: str
+) -> list[Entry]:
     """Total parameters, then the groups' means with the tasks above full fine-tuning.
 
     Args:
@@ -32,6 +34,8 @@ def group_entries(view: View, row: Row, file: str, role: str = MAIN, printed_as:
         file: of the paper's cells.
         role: of the backbone.
         printed_as: the method's name in the paper's cells, if not the row's.
+        against_full: full fine-tuning is in the table; otherwise nothing is counted against it, and the paper's total,
+            which is of other tasks, is left out.
         **where: more fields of the paper's cells.
     """
     table = view.found(role)
@@ -40,13 +44,15 @@ def group_entries(view: View, row: Row, file: str, role: str = MAIN, printed_as:
     everything = [name for names in groups.values() for name in names]
     every = all(view.whole(group) for group in view.request.spec.groups)
     where = {"method": printed_as or row.name} | where
-    printed = view.paper(cells.cell(file, metric="total_params", **where), role, every)
+    printed = view.paper(cells.cell(file, metric="total_params", **where), role, every, "{:.2f}")
+    printed = printed if against_full else ""
     entries = [number(total_parameters(row.name, tasks, everything), "{:.2f}x", printed, ranked=False)]
     for group, names in groups.items():
-        mean, above = mean_of(tasks, names), None if row.name == "full" else wins(tasks, full, names)
+        mean = mean_of(tasks, names)
+        above = wins(tasks, full, names) if against_full and row.name != "full" else None
         here = where | {"task": "group_mean", "group": group}
-        printed = view.paper(cells.cell(file, metric="accuracy", **here), role, view.whole(group))
-        count = cells.cell(file, metric="wins_vs_full", **here)
+        printed = view.paper(cells.cell(file, metric="accuracy", **here), role, view.whole(group), "{:.2f}")
+        count = cells.cell(file, metric="wins_vs_full", **here) if against_full else None
         if printed and count is not None and count.value is not None:
             printed += f" [{count.value:.0f}]"
         entry = number(mean, "{:.2f}", printed, ranked=row.name != "full")
@@ -128,9 +134,12 @@ def by_task(view: View, title: str, file: str) -> Layout:
         for group, names in groups.items():
             where = {"method": row.name, "metric": "accuracy"}
             for name in names:
-                entries.append(accuracy(tasks.get(name), view.paper(cells.cell(file, task=name, **where)), row))
+                entries.append(
+                    accuracy(tasks.get(name), view.paper(cells.cell(file, task=name, **where), form="{:.1f}"), row)
+                )
             mean, above = mean_of(tasks, names), wins(tasks, found.get("full", {}), names)
-            printed = view.paper(cells.cell(file, task="group_mean", group=group, **where), whole=view.whole(group))
+            printed = cells.cell(file, task="group_mean", group=group, **where)
+            printed = view.paper(printed, whole=view.whole(group), form="{:.2f}")
             entry = number(mean, "{:.2f}", printed, ranked=row.name != "full")
             counted = "" if above is None or row.name == "full" else f" [{above}]"
             entries.append(Entry(entry.text + counted, entry.value, entry.paper))
@@ -155,7 +164,7 @@ def _per_task(
         for name, own in (*zip(names, values, strict=True), ("group_mean", fmean(values) if whole else None)):
             printed = cells.cell(file, method=row.name, metric=metric, task=name, group=group)
             complete = name != "group_mean" or view.whole(group)
-            entries.append(number(own, form, view.paper(printed, whole=complete), ranked=False))
+            entries.append(number(own, form, view.paper(printed, whole=complete, form=form), ranked=False))
     return entries
 
 

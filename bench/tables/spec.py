@@ -185,9 +185,10 @@ class View:
 
     def same(self, role: str = MAIN) -> bool:
         """Whether a role's runs are the paper's but for the seeds: its backbone, its image size, its protocol."""
-        given, paper = self.request.backbones.get(role), self.request.spec.role(role)
+        given = self.request.backbones.get(role)
         if given is None:
             return True
+        paper = self.request.spec.role(role)
         usual = Protocol.of(given.name, False, self.request.seeds)
         alike = (given.name.split(".")[0], given.image_size) == (paper.backbone, paper.image_size)
         return alike and self.request.protocol(role).name == usual.name
@@ -216,7 +217,8 @@ class View:
             name = "" if len(spec.roles) == 1 else f"{role}: "
             ones = by_protocol.setdefault(self.request.protocol(role).describe(), [])
             ones.append(f"{name}{backbone} at {backbone.image_size} px")
-        said += [f"{'; '.join(ones)}. Protocol: {protocol}." for protocol, ones in by_protocol.items()]
+        for protocol, ones in by_protocol.items():
+            said.append(f"{'; '.join(ones)}." + (f" Protocol: {protocol}." if spec.needs_data else ""))
         said.append("In round brackets the paper's number; a question mark where its reading is uncertain.")
         lacking = [task.name for task in TASKS if spec.takes(task) and task.name not in self.groups_of]
         if spec.needs_data and lacking:

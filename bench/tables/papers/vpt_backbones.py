@@ -105,7 +105,7 @@ def scales(view: View) -> Layout:
                 if role == "vit-b":
                     where = {"method": row.name, "task": "group_mean", "group": group, "metric": "accuracy"}
                     printed = cells.cell("vpt_table01", **where)
-                paper = view.paper(printed, role, view.whole(group))
+                paper = view.paper(printed, role, view.whole(group), "{:.2f}")
                 entries.append(layouts.number(mean, "{:.2f}", paper, ranked=row.name != "full"))
         table.rows.append((label(row), entries))
     table.notes.append("The paper prints numbers for ViT-B alone (Table 1). Bold: the best but for full fine-tuning.")

@@ -37,7 +37,7 @@ def _entry(view: View, row: Row, group: str, names: list[str]) -> Entry:
     found = view.found()
     tasks, full, alone = (found.get(name, {}) for name in (row.name, "full", row.name.removesuffix("+bias")))
     where = {"method": row.name, "task": "group_mean", "group": group}
-    printed = view.paper(cells.cell("vpt_table03", metric="accuracy", **where), whole=view.whole(group))
+    printed = view.paper(cells.cell("vpt_table03", metric="accuracy", **where), whole=view.whole(group), form="{:.2f}")
     count = cells.cell("vpt_table03", metric="wins_vs_full", **where)
     printed += f" [{count}]" if printed and count is not None else ""
     mean, before, above = mean_of(tasks, names), mean_of(alone, names), wins(tasks, full, names)
