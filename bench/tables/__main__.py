@@ -18,6 +18,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from bench.figures import catalogue
 from bench.tables import study
 from bench.tables.backbones import lacking
 from bench.tables.errors import TableError, unknown
@@ -176,6 +177,8 @@ def _tabulate(request: Request, name: str, results: Results) -> None:
     (request.out / f"{name}.tex").write_text("\n".join(part.latex() for part in parts), encoding="utf-8")
     print(text)
     print(f"tables: {request.out / name}.md, .tex; results: {results.path}")
+    if catalogue.write(request.out):
+        print(f"figures: {request.out / catalogue.FOLDER}; all on one page: python -m bench.report {request.out}")
 
 
 if __name__ == "__main__":
