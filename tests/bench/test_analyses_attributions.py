@@ -85,12 +85,13 @@ def test_layers_that_cannot_be_looked_at():
     assert not grad_cam(model, images, targets, "norm").any()
 
 
-@pytest.mark.parametrize("name", ["full", "vpt-deep", "lora-all"])
-def test_integrated_gradients_are_complete(name):
+# Random low-rank factors in every layer bend the path most.
+@pytest.mark.parametrize(("name", "steps"), [("full", 128), ("vpt-deep", 128), ("lora-all", 1024)])
+def test_integrated_gradients_are_complete(name, steps):
     model = tiny.patched(tiny.METHODS[name], dtype=torch.float64).eval()
     images, targets = tiny.images(dtype=torch.float64), tiny.labels()
     baseline = torch.full((1, 3, 1, 1), -0.5, dtype=torch.float64)
-    found = integrated_gradients(model, images, targets, baseline, steps=1024, batch_size=300)
+    found = integrated_gradients(model, images, targets, baseline, steps=steps, batch_size=300)
     rows = torch.arange(3)
     with torch.no_grad():
         difference = model(images)[rows, targets] - model(baseline.expand_as(images))[rows, targets]
@@ -107,11 +108,10 @@ def test_integrated_gradients_are_the_integral():
     images, targets = tiny.images(batch=1, dtype=torch.float64), torch.tensor([3])
     found = integrated_gradients(model, images, targets, torch.zeros(1, 3, 1, 1), steps=64).values
     steps = 400
-    total = torch.zeros_like(images)
-    for k in range(steps):
-        point = (images * (k + 0.5) / steps).requires_grad_()
-        total += torch.autograd.grad(model(point)[0, 3], point)[0]
-    torch.testing.assert_close(found, images * total / steps, rtol=1e-3, atol=1e-5)
+    shares = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
+    points = (shares.view(-1, 1, 1, 1) * images).requires_grad_()
+    gradients = torch.autograd.grad(model(points)[:, 3].sum(), points)[0]
+    torch.testing.assert_close(found, images * gradients.mean(0, keepdim=True), rtol=1e-3, atol=1e-5)
 
 
 def save(folder, method, seed, classes=("a", "b", "c", "d")):
