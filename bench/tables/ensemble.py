@@ -19,6 +19,7 @@ import fastpeft
 from bench.tables.experiment import Experiment
 from bench.tables.job import Job
 from bench.tables.results import VALUES, Results, point_text
+from fastpeft.config import Config
 from fastpeft.predict import Predictor
 from fastpeft.trainer import launch, precision, results
 from fastpeft.trainer.loop import DivergedError
@@ -84,6 +85,14 @@ class EnsembleJob:
         point = point_text(self.members[0].setting | {"members": len(self.members)})
         return self.members[0].key() | {"stage": STAGE, "point": point}
 
+    def out(self, runs: Path) -> Path:
+        """The first member's folder."""
+        return self.members[0].out(runs)
+
+    def config(self, out: Path) -> Config:
+        """What the trainer was told for the first member: the data, and how images are prepared."""
+        return self.members[0].config(out)
+
     def run(self, runs: Path) -> dict[str, object]:
         """Train the members that are not there, and test them together; the row for the results.
 
@@ -99,7 +108,7 @@ class EnsembleJob:
         folders = [member.out(runs) / "adapter" for member in self.members]
         device = launch.find_ranks().device
         dtype, _ = precision.choose("auto", device)
-        task, _ = prepare(self.members[0].config(self.members[0].out(runs)), str(self))
+        task, _ = prepare(self.config(self.out(runs)), str(self))
         started = time.perf_counter()
         right = count = 0
         ask = Together(folders, device, dtype) if self.one_pass else InTurn(folders, device, dtype)
