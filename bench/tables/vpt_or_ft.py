@@ -13,8 +13,8 @@ from bench.tables import cells
 from bench.tables.backbones import fitted, sizes
 from bench.tables.experiment import Experiment
 from bench.tables.layout import Entry, Layout
-from bench.tables.layouts import accuracy, number
-from bench.tables.measured import collect, mean_of, wins
+from bench.tables.layouts import number
+from bench.tables.measured import Measured, collect, mean_of, wins
 from bench.tables.protocol import ROWS, Row
 from bench.tables.spec import MAIN, Request, Runs, View, label
 from bench.tables.strategies import AfterTuning
@@ -123,7 +123,7 @@ def by_task(
         for group, names in groups.items():
             printed = functools.partial(_printed, files.get(group), row, setting)
             for name in names:
-                entries.append(accuracy(tasks.get(name), view.paper(printed("accuracy", name), role)))
+                entries.append(_accuracy(tasks.get(name), view.paper(printed("accuracy", name), role)))
             paper = view.paper(printed("accuracy", "group_mean"), role, view.whole(group))
             count = printed("wins_vs_full", "group_mean")
             if paper and count is not None and count.value is not None:
@@ -137,6 +137,14 @@ def by_task(
     )
     table.notes += lacking(view, images)
     return table
+
+
+def _accuracy(measured: Measured | None, paper: str) -> Entry:
+    """Mean and deviation over the seeds; here full fine-tuning is one of those that compete."""
+    if measured is None:
+        return Entry(paper=paper)
+    deviation = "" if measured.deviation is None else f" ± {measured.deviation:.1f}"
+    return Entry(f"{measured.mean:.1f}{deviation}", measured.mean, paper)
 
 
 def _printed(file: str | None, row: Row, setting: str, metric: str, task: str) -> cells.Cell | None:
