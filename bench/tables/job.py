@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import fastpeft
+from bench.tables import curves
 from bench.tables import protocol as protocols
 from bench.tables.protocol import Point, Protocol, Row
 from bench.tables.results import point_text
@@ -138,6 +139,8 @@ class Job:
             outcome = session.run(self.config(out), str(self), False, Reporter(False), launch.find_ranks())
         except DivergedError:
             outcome = None
+        if outcome is not None and self.stage == "final":
+            curves.keep(runs.parent / curves.FOLDER / f"{out.name}.csv", self.key(), outcome["history"])
         return self.key() | self._values(outcome)
 
     def clear(self, runs: Path) -> None:

@@ -1,0 +1,53 @@
+"""One HTML page of what `python -m bench.tables` wrote: tables, figures, what is missing and what failed.
+
+    python -m bench.report out/vtab                      # out/vtab/report.html
+    python -m bench.report out/vtab --out page.html
+
+The page holds all that it shows and fetches nothing. The same folder gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from bench.report.page import build
+from bench.tables.errors import TableError
+from fastpeft.errors import FastPEFTError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; 0, or 2 for a folder of which no page can be made."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the --out of python -m bench.tables")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: DIR/report.html")
+    parser.add_argument("--title", default="Results", help="heading of the page [Results]")
+    options = parser.parse_args(arguments)
+    path = options.out or options.folder / "report.html"
+    try:
+        text = build(options.folder, options.title)
+        _write(path, text)
+    except FastPEFTError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+    print(f"{path}: {len(text.encode()) / 2**20:.1f} MiB")
+    return 0
+
+
+def _write(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise TableError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
