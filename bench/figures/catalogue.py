@@ -70,20 +70,15 @@ def curves_of(study: Study, lines: Sequence[Line]) -> list[Line]:
     return [line for line in lines if tuple(line[name] for name in curves.KEY) in wanted]
 
 
-def write(folder: Path, **only: str) -> list[Path]:
+def write(folder: Path) -> list[Path]:
     """Draw everything that a result folder has into FOLDER/figures/STUDY/NAME.svg and .png.
-
-    Args:
-        folder: of the results.
-        **only: columns and their values, for the rows that have these alone.
 
     Raises:
         TableError: a file of the folder is not what it should be, or a figure cannot be written.
     """
     lines = curves.read(folder / curves.FOLDER)
     written = []
-    rows = Results(folder / "results.csv").rows()
-    for study in studies(row for row in rows if all(row[name] == value for name, value in only.items())):
+    for study in studies(Results(folder / "results.csv").rows()):
         for name, figure in of_study(study, lines):
             written += style.write(figure, folder / FOLDER / study.slug / name)
     return written

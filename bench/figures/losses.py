@@ -13,19 +13,21 @@ from bench.tables.results import Line
 
 
 @styled
-def by_epoch(curves: Sequence[Line]) -> Figure | None:
+def by_epoch(curves: Sequence[Line], methods: Sequence[str] = ()) -> Figure | None:
     """A panel a task: the mean over the seeds, training's drawn through and the test's dashed.
 
     Args:
         curves: of one study, as `bench.tables.curves.read` gives them.
+        methods: all that share out colours; those of the rows by default.
     """
-    tasks, methods = tasks_of(curves), methods_of(curves)
+    tasks, here = tasks_of(curves), methods_of(curves)
+    methods = list(methods) or here
     if not tasks:
         return None
-    figure, axes = panels(len(tasks), PANEL, 0.22 * -(-len(methods) // 3))
+    figure, axes = panels(len(tasks), PANEL, 0.22 * -(-len(here) // 3))
     lines = {}
     for axis, task in zip(axes, tasks, strict=True):
-        for method in methods:
+        for method in here:
             style = look(method, methods)
             for split, dash in (("train", "-"), ("test", "--")):
                 found: dict[int, list[float]] = {}
@@ -45,6 +47,6 @@ def by_epoch(curves: Sequence[Line]) -> Figure | None:
         axis.set_title(task)
         axis.set_xlabel("epoch")
         axis.set_ylabel("cross-entropy")
-    shown = [method for method in methods if method in lines]
+    shown = [method for method in here if method in lines]
     figure.legend([lines[method] for method in shown], shown, loc="outside lower center", ncols=3)
     return figure

@@ -17,16 +17,17 @@ _SIZE = (3.5, 3.0)
 
 
 @styled
-def against_parameters(rows: Sequence[Line]) -> Figure | None:
+def against_parameters(rows: Sequence[Line], methods: Sequence[str] = ()) -> Figure | None:
     """A panel a group of tasks: mean accuracy, with the deviation over the seeds, against the mean of what is trained.
 
     A method that lacks a task of the group, or whose runs there all diverged, is not in its panel.
 
     Args:
         rows: of one study.
+        methods: all that share out colours; those of the rows by default.
     """
     rows = finals(rows)
-    methods = methods_of(rows)
+    methods = list(methods) or methods_of(rows)
     found: dict[str, list[tuple[str, float, list[float]]]] = {}
     for group, tasks in groups_of(tasks_of(rows)).items():
         for method in methods:

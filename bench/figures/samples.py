@@ -13,11 +13,12 @@ from bench.tables.results import Line
 
 
 @styled
-def against_samples(rows: Sequence[Line]) -> Figure | None:
+def against_samples(rows: Sequence[Line], methods: Sequence[str] = ()) -> Figure | None:
     """A panel a task that was trained with several numbers of images: mean and deviation over the seeds.
 
     Args:
         rows: of one study; None comes back where no task has two numbers of images.
+        methods: all that share out colours; those of the rows by default.
     """
     rows = [row for row in finals(rows) if size_of(row) is not None]
     found: dict[str, dict[int, list[Line]]] = {}
@@ -27,11 +28,12 @@ def against_samples(rows: Sequence[Line]) -> Figure | None:
     if not sizes:
         return None
     rows = [row for row in rows if base_task(row) in sizes]
-    methods = methods_of(rows)
-    figure, axes = panels(len(sizes), (PANEL[0], PANEL[1] + 0.2), 0.22 * -(-len(methods) // 3))
+    here = methods_of(rows)
+    methods = list(methods) or here
+    figure, axes = panels(len(sizes), (PANEL[0], PANEL[1] + 0.2), 0.22 * -(-len(here) // 3))
     lines = {}
     for axis, task in zip(axes, sizes, strict=True):
-        for method in methods:
+        for method in here:
             points = []
             for size in sizes[task]:
                 own = [row for row in found[task][size] if row["method"] == method]
@@ -47,6 +49,6 @@ def against_samples(rows: Sequence[Line]) -> Figure | None:
         axis.set_title(task)
         axis.set_xlabel("training images")
         axis.set_ylabel("test accuracy, %")
-    shown = [method for method in methods if method in lines]
+    shown = [method for method in here if method in lines]
     figure.legend([lines[method] for method in shown], shown, loc="outside lower center", ncols=3)
     return figure

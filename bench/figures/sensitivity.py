@@ -82,15 +82,16 @@ def _grid(axis: Axes, scores: np.ndarray, lost: np.ndarray) -> None:
 
 
 @styled
-def knobs(rows: Sequence[Line]) -> Figure | None:
+def knobs(rows: Sequence[Line], methods: Sequence[str] = ()) -> Figure | None:
     """A panel a task: the best validation accuracy over learning rate and weight decay at each prompt length (or
     reduction), a line a method.
 
     Args:
         rows: of one study; None comes back where no method has such a knob with two values.
+        methods: all that share out colours; those of the rows by default.
     """
     rows = [row for row in searched(rows) if not diverged(row)]
-    methods = methods_of(rows)
+    methods = list(methods) or methods_of(rows)
     found: dict[tuple[str, str], dict[str, dict[float, float]]] = {}
     for row in rows:
         point = point_of(row["point"])
@@ -122,7 +123,7 @@ def knobs(rows: Sequence[Line]) -> Figure | None:
 
 
 @styled
-def rates(rows: Sequence[Line]) -> Figure | None:
+def rates(rows: Sequence[Line], methods: Sequence[str] = ()) -> Figure | None:
     """How far each learning rate stays behind a task's best, a panel a method: mean and range over the tasks.
 
     At each rate the best over all else is taken. A task whose every run diverged at a rate is not in that rate's mean;
@@ -130,16 +131,17 @@ def rates(rows: Sequence[Line]) -> Figure | None:
 
     Args:
         rows: of one study.
+        methods: all that share out colours; those of the rows by default.
     """
     rows = searched(rows)
-    methods = methods_of(rows)
+    methods = list(methods) or methods_of(rows)
     found: dict[str, dict[float, dict[str, float | None]]] = {}
     for row in rows:
         own = found.setdefault(row["method"], {}).setdefault(point_of(row["point"])[RATE], {})
         score = None if diverged(row) else 100 * float(row["accuracy"])
         known = own.setdefault(row["task"], score)
         own[row["task"]] = score if known is None else known if score is None else max(known, score)
-    several = [method for method in methods if len(found[method]) > 1]
+    several = [method for method in methods if len(found.get(method, ())) > 1]
     if not several:
         return None
     figure, axes = panels(len(several), (3.5, 2.2))
@@ -165,7 +167,8 @@ def _behind(axis: Axes, found: dict[float, dict[str, float | None]], style: dict
     low, high = [min(behind[place]) for place in there], [max(behind[place]) for place in there]
     axis.fill_between(there, low, high, color=style["color"], alpha=0.18, linewidth=0)
     axis.set_xticks(range(len(at)), [f"{rate:g}" for rate in at], rotation=45 if len(at) > 10 else 0)
-    axis.invert_yaxis()
+    # Differences of less than a point are not to look like mountains.
+    axis.set_ylim(1.06 * max(1.0, *high), -0.06 * max(1.0, *high))
     for place, rate in enumerate(at):
         lost = sum(score is None for score in found[rate].values())
         if lost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -82,12 +83,18 @@ def size_of(row: Line) -> int | None:
     for a task of VTAB-1k; None for a task of which nothing says it."""
     if row.get(SAMPLES):
         return int(float(row[SAMPLES]))
-    found = _drawn(row["task"])
+    return _size_in(row["task"])
+
+
+@functools.cache
+def _size_in(task: str) -> int | None:
+    found = _drawn(task)
     if found:
         return int(found[2])
-    return _USUAL if any(task.name == row["task"] for task in TASKS) else None
+    return _USUAL if any(known.name == task for known in TASKS) else None
 
 
+@functools.cache
 def _drawn(task: str) -> re.Match[str] | None:
     return re.fullmatch(r"(.+)-(\d+)", task)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import ParamSpec
@@ -14,7 +13,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.tables.errors import TableError
+from bench.tables import files
 
 Parameters = ParamSpec("Parameters")
 
@@ -89,7 +88,7 @@ def styled(draw: Callable[Parameters, Figure | None]) -> Callable[Parameters, Fi
         with settings():
             figure = draw(*args, **kwargs)
             if figure is not None:
-                figure.draw_without_rendering()
+                figure.get_layout_engine().execute(figure)
                 figure.set_layout_engine("none")
             return figure
 
@@ -158,13 +157,6 @@ def write(figure: Figure, path: Path) -> list[Path]:
     written = []
     for kind in ("svg", "png"):
         target = path.with_name(f"{path.name}.{kind}")
-        unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            unfinished.write_bytes(encode(figure, kind))
-            unfinished.replace(target)
-        except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            raise TableError(f"{target}: cannot be written: {error.strerror or error}") from error
+        files.write(target, encode(figure, kind))
         written.append(target)
     return written

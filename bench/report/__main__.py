@@ -9,12 +9,11 @@ The page holds all that it shows and fetches nothing. The same folder gives the 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from bench.report.page import build
-from bench.tables.errors import TableError
+from bench.tables import files
 from fastpeft.errors import FastPEFTError
 
 
@@ -30,23 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.out or options.folder / "report.html"
     try:
         text = build(options.folder, options.title)
-        _write(path, text)
+        files.write(path, text)
     except FastPEFTError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
     print(f"{path}: {len(text.encode()) / 2**20:.1f} MiB")
     return 0
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise TableError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from bench.figures import catalogue, cost, losses, parameters, samples, sensitivity, significance, tasks
-from bench.figures.studies import Study, base_task, methods_of, searched, studies, tasks_of
-from bench.report import documents, pictures, summary
+from bench.figures import catalogue
+from bench.figures.studies import Study, studies
+from bench.report import documents, pictures, plots, summary
 from bench.tables import curves
 from bench.tables.errors import TableError
 from bench.tables.results import Line, Results
@@ -19,21 +19,6 @@ from bench.tables.results import Line, Results
 _TEMPLATES = Path(__file__).with_name("templates")
 # A picture of more bytes than this is named and not shown: a page is to be opened and sent.
 _LARGEST = 4 * 2**20
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Pictures that belong together.
-
-    Attributes:
-        title: above them; "" if the section's is enough.
-        figures: SVG elements.
-        folded: whether they open on request.
-    """
-
-    title: str
-    figures: list[Markup]
-    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,7 +39,7 @@ class StudyPart:
     failures: list[summary.Failure]
     outcomes: list[summary.Outcome]
     costs: list[summary.Cost]
-    figures: dict[str, list[Panel]]
+    figures: dict[str, list[plots.Panel]]
 
 
 @dataclass(frozen=True)
@@ -114,47 +99,10 @@ def _text(name: str) -> str:
 
 
 def _study(study: Study, anchor: str, lines: Sequence[Line]) -> StudyPart:
-    drawn = {name: list(panels) for name, panels in _figures(study, anchor, lines)}
     return StudyPart(
         anchor, study, summary.facts(study), summary.cautions(study), summary.gaps(study), summary.failures(study),
-        summary.outcomes(study), summary.costs(study), {name: panels for name, panels in drawn.items() if panels},
+        summary.outcomes(study), summary.costs(study), plots.of_study(study, anchor, lines),
     )  # fmt: skip
-
-
-def _figures(study: Study, anchor: str, lines: Sequence[Line]) -> Iterator[tuple[str, list[Panel]]]:
-    """Panels by section. Of figures with a panel a task each is drawn alone, so that a narrow page can stack them."""
-    rows = study.main
-
-    def show(figure, name: str, label: str) -> list[Markup]:
-        return [] if figure is None else [pictures.inline(figure, f"{anchor}-{name}", label)]
-
-    def each(draw, own: Sequence[Line], name: str, label: str) -> list[Markup]:
-        found = []
-        for task in tasks_of(own):
-            found += show(draw([row for row in own if row["task"] == task]), f"{name}-{task}", f"{label}: {task}")
-        return found
-
-    def panel(figures: list[Markup], title: str = "", folded: bool = False) -> list[Panel]:
-        return [Panel(title, figures, folded)] if figures else []
-
-    methods = methods_of(rows)
-    yield "tasks", panel(each(lambda own: tasks.per_task(own, methods), rows, "tasks", "test accuracy by method"))
-    label = "test accuracy against trained parameters"
-    yield "parameters", panel(show(parameters.against_parameters(rows), "parameters", label))
-    scales: list[Markup] = []
-    for task in dict.fromkeys(base_task(row) for row in study.rows):
-        own = [row for row in study.rows if base_task(row) == task]
-        scales += show(samples.against_samples(own), f"samples-{task}", f"test accuracy by training images: {task}")
-    yield "samples", panel(scales)
-    yield "losses", panel(each(losses.by_epoch, catalogue.curves_of(study, lines), "losses", "loss by epoch"))
-    yield "significance", panel(show(significance.matrix(rows), "significance", "p-values, method against method"))
-    yield "cost", panel(show(cost.costs(rows), "cost", "time and memory by method"))
-    search = panel(show(sensitivity.rates(rows), "rates", "points behind the best by learning rate"))
-    search += panel(each(sensitivity.knobs, rows, "knobs", "validation accuracy"), "Prompt length and reduction", True)
-    for method in methods_of(searched(rows)):
-        own = [row for row in rows if row["method"] == method]
-        search += panel(each(sensitivity.heatmaps, own, f"search-{method}", f"search of {method}"), method, True)
-    yield "search", search
 
 
 def _pictures(folder: Path, own: Sequence[Study]) -> list[Picture]:

@@ -223,6 +223,7 @@ def outcomes(study: Study) -> list[Outcome]:
     places: dict[tuple[str, str, int | None], list[Line]] = {}
     for row in finals(study.rows):
         places.setdefault((row["task"], row["method"], size_of(row)), []).append(row)
+    validated = {(row["task"], row["method"], size_of(row), row["point"]): row for row in searched(study.rows)}
     order = tasks_of(study.rows), methods_of(study.rows)
     for task, method, size in sorted(
         places, key=lambda key: (order[0].index(key[0]), order[1].index(key[1]), key[2] or 0)
@@ -230,17 +231,14 @@ def outcomes(study: Study) -> list[Outcome]:
         own = places[task, method, size]
         values = accuracies(own, method, task)
         point = own[0]["point"]
-        scores = [
-            100 * float(row["accuracy"])
-            for row in searched(study.rows)
-            if (row["task"], row["method"], row["point"], size_of(row)) == (task, method, point, size)
-        ]
+        search = validated.get((task, method, size, point))
+        score = None if search is None else 100 * float(search["accuracy"])
         printed = cells.cell("vpt_table13", method=method, task=task, metric="accuracy")
         plain = base_task(own[0]) == task
         trained = numbers(own, "trained_parameters")
         found.append(
             Outcome(
-                task, method, point.replace(";", ", "), scores[0] if scores else None, fmean(values), spread(values),
+                task, method, point.replace(";", ", "), score, fmean(values), spread(values),
                 len(values), str(printed) if printed and plain else "", int(trained[0]) if trained else None,
             )
         )  # fmt: skip

@@ -16,6 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from bench.figures import catalogue
 from bench.tables import study
 from bench.tables.errors import TableError, unknown
 from bench.tables.job import Backbone, Job
@@ -149,6 +150,8 @@ def _tabulate(
     (options.out / f"{options.name}.tex").write_text(table.latex(), encoding="utf-8")
     print(text)
     print(f"tables: {options.out / options.name}.md, .tex; results: {results.path}")
+    if catalogue.write(options.out):
+        print(f"figures: {options.out / catalogue.FOLDER}; all on one page: python -m bench.report {options.out}")
 
 
 if __name__ == "__main__":

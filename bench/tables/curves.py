@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.tables import files
 from bench.tables.errors import TableError
 from bench.tables.results import KEY, Line
 
@@ -39,14 +39,7 @@ def keep(path: Path, key: Mapping[str, object], history: Sequence[Mapping[str, A
                     {**key, "epoch": entry["epoch"], "split": split, "loss": f"{entry[f'{split}_loss']:.6g}",
                      "accuracy": "" if accuracy is None else f"{accuracy:.6f}"}
                 )  # fmt: skip
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text.getvalue(), encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise TableError(f"{path}: cannot be written: {error.strerror or error}") from error
+    files.write(path, text.getvalue())
 
 
 def read(folder: Path) -> list[Line]:
