@@ -14,6 +14,8 @@ from bench.figures.studies import diverged, methods_of, searched, tasks_of
 from bench.figures.style import look, panels, styled
 from bench.tables.results import Line, point_of
 
+# Points that an axis spans at least: differences of less than one are not to look like mountains.
+_SPAN = 5.0
 RATE, DECAY = "base_lr", "weight_decay"
 # Of numbers on dark and on light cells.
 _LIGHT, _DARK = "#f7f7f7", "#101010"
@@ -69,7 +71,7 @@ def _grid(axis: Axes, scores: np.ndarray, lost: np.ndarray) -> None:
     cells = np.ma.masked_invalid(scores)
     axis.pcolormesh(across, down, cells, cmap=colours, vmin=low, vmax=span, edgecolors="face")
     axis.invert_yaxis()
-    best = np.argwhere(scores == high)
+    best = np.argwhere(scores == high) if high > low else np.empty((0, 2), int)
     for (row, column), score in np.ndenumerate(scores):
         if np.isnan(score):
             if lost[row, column]:
@@ -115,6 +117,9 @@ def knobs(rows: Sequence[Line], methods: Sequence[str] = ()) -> Figure | None:
                           **look(method, methods))  # fmt: skip
         axis.set_xticks(range(len(values)), [f"{value:g}" for value in values])
         axis.margins(x=0.08, y=0.15)
+        low, high = axis.get_ylim()
+        if high - low < _SPAN:
+            axis.set_ylim((low + high - _SPAN) / 2, (low + high + _SPAN) / 2)
         axis.legend()
         axis.set_title(task)
         axis.set_xlabel({"length": "prompt length", "reduction": "reduction of the bottleneck"}.get(knob, knob))
@@ -167,8 +172,8 @@ def _behind(axis: Axes, found: dict[float, dict[str, float | None]], style: dict
     low, high = [min(behind[place]) for place in there], [max(behind[place]) for place in there]
     axis.fill_between(there, low, high, color=style["color"], alpha=0.18, linewidth=0)
     axis.set_xticks(range(len(at)), [f"{rate:g}" for rate in at], rotation=45 if len(at) > 10 else 0)
-    # Differences of less than a point are not to look like mountains.
-    axis.set_ylim(1.06 * max(1.0, *high), -0.06 * max(1.0, *high))
+    deepest = max(_SPAN, *high)
+    axis.set_ylim(1.06 * deepest, -0.06 * deepest)
     for place, rate in enumerate(at):
         lost = sum(score is None for score in found[rate].values())
         if lost:

@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 
 from bench.tables.protocol import ROWS
 from bench.tables.results import Line
-from bench.tables.tasks import TASKS
+from bench.tables.tasks import GROUPS, TASKS
 
 # Columns that result files may have besides `bench.tables.results.FIELDS`.
 SAMPLES, SAVED = "train_size", "saved_mb"
@@ -91,7 +91,7 @@ def _size_in(task: str) -> int | None:
     found = _drawn(task)
     if found:
         return int(found[2])
-    return _USUAL if any(known.name == task for known in TASKS) else None
+    return _USUAL if group_of(task) in GROUPS else None
 
 
 @functools.cache

@@ -52,6 +52,11 @@ class TablePart:
     notes: list[Markup] = field(default_factory=list)
 
     @property
+    def competes(self) -> bool:
+        """Whether a cell is in bold."""
+        return any(cell.best for row in self.rows for cell in row)
+
+    @property
     def compared(self) -> bool:
         """Whether a cell has a paper's number."""
         return any(cell.paper for row in self.rows for cell in row)

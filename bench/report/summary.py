@@ -26,17 +26,18 @@ from bench.figures.studies import (
 from bench.tables import cells
 from bench.tables.protocol import ROWS, Protocol
 from bench.tables.results import Line, point_of
-from bench.tables.tasks import TASKS
+from bench.tables.tasks import GROUPS, TASKS
 
 _PROTOCOL = re.compile(r"(paper|quick)-(\d+)")
 _PAPERS_EPOCHS = (50, 100)
+_VTAB = tuple(task for task in TASKS if task.group in GROUPS)
 
 
 def facts(study: Study) -> dict[str, str]:
     """What was run on what, by name."""
     rows, own = study.rows, finals(study.rows)
     tasks = tasks_of(rows)
-    known = [task for task in tasks if group_of(task) != "other"]
+    known = [task for task in tasks if group_of(task) in GROUPS]
     others = len(tasks) - len(known)
     seeds = sorted({int(row["seed"]) for row in own})
     dates = sorted({row["date"] for row in rows})
@@ -46,7 +47,7 @@ def facts(study: Study) -> dict[str, str]:
         "backbone": study.backbone,
         "image size": f"{study.image_size} px",
         "protocol": f"{study.protocol}: {_in_words(study)}",
-        "tasks": f"{len(known)} of VTAB-1k's {len(TASKS)}" + (f", {others} more" if others else ""),
+        "tasks": f"{len(known)} of VTAB-1k's {len(_VTAB)}" + (f", {others} more" if others else ""),
         "methods": ", ".join(methods_of(rows)),
         "runs": f"{len(searched(rows)):,} in the search, {len(own):,} final",
         "seeds": ", ".join(map(str, seeds)) or "none yet",
@@ -118,8 +119,8 @@ def gaps(study: Study) -> list[str]:
     rows = study.main
     tasks, methods = tasks_of(rows), methods_of(rows)
     said = []
-    lacking = [task.name for task in TASKS if task.name not in tasks]
-    if lacking and len(lacking) < len(TASKS):
+    lacking = [task.name for task in _VTAB if task.name not in tasks]
+    if lacking and len(lacking) < len(_VTAB):
         said.append(f"Tasks of VTAB-1k without a run: {', '.join(lacking)}.")
     unknown = [name for name, row in ROWS.items() if row.missing]
     if unknown:
