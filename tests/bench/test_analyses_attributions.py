@@ -174,6 +174,27 @@ def test_a_grid_of_what_two_runs_see_differently(runs, vtab, tmp_path, capsys, s
     assert out.read_bytes() == first
 
 
+def test_steps_are_doubled_where_they_miss_much(monkeypatch):
+    from types import SimpleNamespace
+
+    from bench.analyses import attributions
+    from bench.analyses.runs import Run
+
+    taken = []
+    real = attributions.integrated_gradients
+    monkeypatch.setattr(attributions, "integrated_gradients", lambda *args: taken.append(args[4]) or real(*args))
+    model = tiny.patched(tiny.METHODS["lora-all"]).eval()
+    run = Run("x", model, ["a"] * 5, tiny.SIZE, (0.5,) * 3, (0.5,) * 3, "squash")
+    options = SimpleNamespace(kinds=("integrated-gradients",), layer=None, baseline="mean", steps=2, batch_size=64)
+    (panel,) = attributions.explain(run, tiny.images()[0], 1, options)
+    assert taken in ([2, 4], [2, 4, 8], [2, 4, 8, 16]) and panel.target == 1
+    assert panel.missed <= 0.05 or taken[-1] == 16
+    taken.clear()
+    options.steps = 256
+    attributions.explain(run, tiny.images()[0], 1, options)
+    assert taken == [256]
+
+
 def test_files_without_labels(runs, vtab, tmp_path, capsys, short):
     out = tmp_path / "grid.svg"
     files = [str(vtab / "eurosat" / "images" / f"{i}.png") for i in range(2)]
