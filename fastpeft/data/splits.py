@@ -90,8 +90,8 @@ def open_splits(data: Any, image_size: int, mean: Sequence[float], std: Sequence
     Args:
         data: A mapping or an object with the fields of `fastpeft.config.DataConfig`: `name` (`mnist`, `digits`, `vtab`,
             `fgvc` or `folder`), `root`, `task`, `protocol`, `train_list`, `resize`, `augment`, `val_fraction`,
-            `train_size`, `train_fraction`, `val_size`, `test_size`, `per_class`, `pool`, `draw`; and `seed` of the draws,
-            0 if absent, so that runs with different training seeds see the same images.
+            `train_size`, `train_fraction`, `val_size`, `test_size`, `per_class`, `pool`, `draw`; and `seed` of the
+            draws, 0 if absent, so that runs with different training seeds see the same images.
         image_size: Side of the model's square input.
         mean: Channel means of pixels in [0, 1].
         std: Channel deviations of pixels in [0, 1].
