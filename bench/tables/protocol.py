@@ -87,7 +87,8 @@ def of(name: str, like: str, **fields: Any) -> Row:
 
 def held(name: str, like: str, **values: int) -> Row:
     """A row of `ROWS` with searched fields held, that shares its search."""
-    return of(name, like, search_as=like, searched={key: (value,) for key, value in values.items()})
+    title = f"{like}, p = {values['length']}" if "length" in values else ""
+    return of(name, like, search_as=like, searched={key: (value,) for key, value in values.items()}, title=title)
 
 
 ROWS = {

@@ -321,7 +321,7 @@ def test_costs_are_laid_out_from_their_file(tmp_path, capsys):
     assert main(asked) == 0
     kept = (tmp_path / "vpt-12.md").read_bytes(), (tmp_path / "vpt-12.tex").read_bytes()
     text = kept[0].decode()
-    deep = next(line for line in text.splitlines() if line.startswith("| vpt-deep:p=200 "))
+    deep = next(line for line in text.splitlines() if line.startswith("| vpt-deep, p = 200 "))
     # Batches of four: 8 and 16 ms are 2 and 4 an image; the paper's 360.1 ms are those of a batch of 64.
     assert [cell.strip() for cell in deep.split("|")][3] == "2.00" and "| 4.00 |" in deep and "| 5.63 |" in deep
     assert "sidetune (not in the library)" in text and "0.50 (2.19" in deep

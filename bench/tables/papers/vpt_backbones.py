@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from bench.tables import cells, layouts
 from bench.tables.layout import Layout
 from bench.tables.measured import mean_of
-from bench.tables.protocol import ROWS, Row, of
+from bench.tables.protocol import ROWS, Row, held
 from bench.tables.spec import VTAB, Request, Role, Runs, TableSpec, View, every_row, label
 from bench.tables.tasks import group_size
 
@@ -29,10 +29,7 @@ _SMALL = Role("224")
 # A border of learned pixels around the image: what Table 6 calls VPT.
 _BORDER = Row("vpt-border", {}, "sgd", 128, ROWS["vpt-deep"].rates, title="VPT")
 # 196 patches and 380 prompts are as many rows as 384 pixels have patches.
-_LONG = tuple(
-    of(f"{name}:p=380", name, search_as=name, searched={"length": (380,)}, title=f"{name}, p = 380")
-    for name in ("vpt-shallow", "vpt-deep")
-)
+_LONG = tuple(held(f"{name}:p=380", name, length=380) for name in ("vpt-shallow", "vpt-deep"))
 
 
 def _rows(*names: str) -> tuple[Row, ...]:
