@@ -11,7 +11,8 @@ from statistics import fmean, stdev
 
 from bench.tables.protocol import ROWS
 from bench.tables.results import Line
-from bench.tables.tasks import GROUPS, TASKS
+from bench.tables.spec import VTAB
+from bench.tables.tasks import TASKS
 
 # Columns that result files may have besides `bench.tables.results.FIELDS`.
 SAMPLES, SAVED = "train_size", "saved_mb"
@@ -91,7 +92,7 @@ def _size_in(task: str) -> int | None:
     found = _drawn(task)
     if found:
         return int(found[2])
-    return _USUAL if group_of(task) in GROUPS else None
+    return _USUAL if group_of(task) in VTAB else None
 
 
 @functools.cache

@@ -26,18 +26,19 @@ from bench.figures.studies import (
 from bench.tables import cells
 from bench.tables.protocol import ROWS, Protocol
 from bench.tables.results import Line, point_of
-from bench.tables.tasks import GROUPS, TASKS
+from bench.tables.spec import VTAB
+from bench.tables.tasks import TASKS
 
 _PROTOCOL = re.compile(r"(paper|quick)-(\d+)")
 _PAPERS_EPOCHS = (50, 100)
-_VTAB = tuple(task for task in TASKS if task.group in GROUPS)
+_VTAB = tuple(task for task in TASKS if task.group in VTAB)
 
 
 def facts(study: Study) -> dict[str, str]:
     """What was run on what, by name."""
     rows, own = study.rows, finals(study.rows)
     tasks = tasks_of(rows)
-    known = [task for task in tasks if group_of(task) in GROUPS]
+    known = [task for task in tasks if group_of(task) in VTAB]
     others = len(tasks) - len(known)
     seeds = sorted({int(row["seed"]) for row in own})
     dates = sorted({row["date"] for row in rows})

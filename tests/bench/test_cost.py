@@ -308,7 +308,13 @@ def _run_pytest(folder, *options):
 
 
 @pytest.fixture
-def without_a_clock(monkeypatch):
+def no_worker(monkeypatch):
+    """A run inside this one is no worker of it."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
+@pytest.fixture
+def without_a_clock(monkeypatch, no_worker):
     """Groups with fabricated timings, in this process."""
 
     def made(settings, say, peaks):
@@ -346,7 +352,7 @@ def test_pytest_prints_one_table_and_compares_with_a_run_before(tmp_path, monkey
         (("--results", "nowhere.csv"), "there is no file nowhere.csv"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_one_line(tmp_path, capsys, options, said):
+def test_a_mistake_on_the_command_line_is_one_line(tmp_path, capsys, no_worker, options, said):
     assert pytest.main([*_run_pytest(tmp_path), "-p", "no:xdist", *options]) == pytest.ExitCode.USAGE_ERROR
     found = capsys.readouterr()
     assert said in found.out + found.err and "Traceback" not in found.out + found.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from bench.tables.request import backbones_of
 from bench.tables.results import FIELDS, KEY, Results
 from bench.tables.spec import Request
 from bench.tables.tasks import TASKS
+from fastpeft.data.fgvc import DATA_SETS
 
 MINE = [name for name in tables() if name.startswith("vpt-")]
 SHORT = {"vpt-4", "vpt-12"}
@@ -50,6 +52,15 @@ def row_of(request, role, row, task, seed, accuracy):
     )
     values = dict.fromkeys((name for name in FIELDS if name not in KEY), "")
     return job.key() | values | {"accuracy": accuracy, "trained_parameters": 100, "backbone_parameters": 1000}
+
+
+def list_images(root, name):
+    """JSON splits of an FGVC data set, whose images nobody opens."""
+    kind = next(kind for kind in DATA_SETS if kind.name == name)
+    folder = root / kind.folders[0]
+    (folder / kind.images).mkdir(parents=True)
+    for split, names in (("train", "ab"), ("val", "c"), ("test", "d")):
+        (folder / f"{split}.json").write_text(json.dumps({f"{name}.png": 7 for name in names}))
 
 
 def request_of(name, tmp_path, tasks, **fields):
@@ -162,7 +173,10 @@ def test_a_table_is_laid_out_from_its_results_alike_each_time(name, vtab, tmp_pa
     if not tasks or name == "vpt-fig17":
         return
     for task in tasks:
-        (vtab / task.folders[0]).exists() or (vtab / task.folders[0]).symlink_to(vtab / "eurosat")
+        if task.group == "fgvc":
+            list_images(vtab, task.name)
+        elif not (vtab / task.folders[0]).exists():
+            (vtab / task.folders[0]).symlink_to(vtab / "eurosat")
     asked = command(name, vtab, out, "--quick", "--seeds", "2", "--tabulate")
     kept = []
     for _ in range(2):

@@ -1,8 +1,8 @@
 """The native operators on shapes, options and numbers drawn at random, against float64.
 
 A few hundred draws each by default, the same in every run so that a gate does not depend on luck; 10,000 with
-`-m slow`, afresh in every run, which says from which seed. The environment variable FASTPEFT_TEST_SEED repeats one or starts
-elsewhere; that of a single draw begins with that draw.
+`-m slow`, afresh in every run, which says from which seed. The environment variable FASTPEFT_TEST_SEED repeats one or
+starts elsewhere; that of a single draw begins with that draw.
 
 A draw is held to twice the error of plain PyTorch in the same format and some roundings, since a handful of numbers is
 too small a sample of rounding errors; all draws together, by their root mean square, to twice that error and one
