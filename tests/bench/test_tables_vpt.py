@@ -60,6 +60,8 @@ def list_images(root, name):
     folder = root / kind.folders[0]
     (folder / kind.images).mkdir(parents=True)
     for split, names in (("train", "ab"), ("val", "c"), ("test", "d")):
+        for name in names:
+            (folder / kind.images / f"{name}.png").touch()
         (folder / f"{split}.json").write_text(json.dumps({f"{name}.png": 7 for name in names}))
 
 
