@@ -25,6 +25,7 @@ from bench.tables.results import Results
 from bench.tables.tasks import Task, find
 from bench.tables.vtab import TABLES, TableSpec, differences
 from fastpeft.errors import FastPEFTError
+from fastpeft.trainer.feature_store import DEFAULT_LIMIT, GIBIBYTE, FeatureStore
 from fastpeft.trainer.report import Reporter
 
 SEARCH_SEED = 0
@@ -48,6 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, metavar="N", help="default: the protocol's")
     parser.add_argument("--quick", action="store_true", help="a thinned grid and few epochs")
     parser.add_argument("--storage", metavar="URL", help="of the studies; default: an SQLite file in --out")
+    parser.add_argument(
+        "--features-gb", type=float, default=DEFAULT_LIMIT / GIBIBYTE, metavar="N", help="of features kept in --out"
+    )
     parser.add_argument("--tabulate", action="store_true", help="no runs: the table of the results that are there")
     options = parser.parse_args(arguments)
     try:
@@ -70,6 +74,8 @@ def _serve(options: argparse.Namespace) -> None:
             raise unknown("method", name, spec.methods)
     if options.seeds < 1 or (options.epochs is not None and options.epochs < 2):
         raise TableError("--seeds must be at least 1 and --epochs at least 2")
+    if not 0 <= options.features_gb < float("inf"):
+        raise TableError(f"--features-gb must be a number of gigabytes from 0, got {options.features_gb}")
     methods = tuple(name for name in spec.methods if not options.methods or name in options.methods)
     tasks, missing = find(options.data, options.tasks)
     backbone = Backbone.parse(options.backbone, options.image_size)
@@ -101,6 +107,7 @@ def _run(
     """Have every run of the table in the results."""
     total = len(tasks) * sum(len(list(protocol.grid(row))) + len(protocol.seeds) for row in rows)
     store = study.storage(options.storage, options.out)
+    features = FeatureStore(options.out / "features", int(options.features_gb * GIBIBYTE), say.warn)
     with say.bar("runs", total) as advance:
         done = 0
 
@@ -119,11 +126,11 @@ def _run(
                     return Job(backbone, options.data, task.name, folder, row, protocol, stage, point, seed)
 
                 search = [job("search", point, SEARCH_SEED) for point in points]
-                study.run_all(search, results, options.out / "runs", store, count)
+                study.run_all(search, results, options.out / "runs", store, count, features)
                 scores = [(one.setting, float(results.find(**one.key())["accuracy"])) for one in search]
                 chosen = tuple(best(scores).items())
                 final = [job("final", chosen, seed) for seed in protocol.seeds]
-                study.run_all(final, results, options.out / "runs", store, count)
+                study.run_all(final, results, options.out / "runs", store, count, features)
 
 
 def _tabulate(

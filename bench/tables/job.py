@@ -16,6 +16,7 @@ from bench.tables.protocol import Point, Protocol, Row
 from bench.tables.results import point_text
 from fastpeft.config import Config
 from fastpeft.trainer import launch, session
+from fastpeft.trainer.feature_store import FeatureStore
 from fastpeft.trainer.loop import DivergedError
 from fastpeft.trainer.report import Reporter
 
@@ -125,19 +126,28 @@ class Job:
         digest = hashlib.sha256(json.dumps(self.key(), sort_keys=True).encode()).hexdigest()[:12]
         return runs / f"{self.task}-{self.row.name}-{self.stage}-{digest}"
 
-    def run(self, runs: Path) -> dict[str, object]:
+    def run(self, runs: Path, features: FeatureStore | None = None) -> dict[str, object]:
         """Train, or go on training where a run was interrupted; the row for the results.
 
-        A run whose loss is not finite has an accuracy of zero, so that the search goes on without it.
+        Args:
+            runs: folder of the runs' folders.
+            features: where features are kept that other runs need too.
 
         Raises:
             ConfigError: the run cannot begin.
         """
         out = self.out(runs)
         try:
-            outcome = session.run(self.config(out), str(self), False, Reporter(False), launch.find_ranks())
+            outcome = session.run(self.config(out), str(self), False, Reporter(False), launch.find_ranks(), features)
         except DivergedError:
             outcome = None
+        return self.row_of(outcome)
+
+    def row_of(self, outcome: dict[str, Any] | None) -> dict[str, object]:
+        """The row of a finished run.
+
+        A run whose loss is not finite, None, has an accuracy of zero, so that the search goes on without it.
+        """
         return self.key() | self._values(outcome)
 
     def clear(self, runs: Path) -> None:
