@@ -118,7 +118,9 @@ class FeatureStore:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        size = features.numel() * features.element_size()
+        about = {"key": json.dumps(_plain(key)), "sha256": _digest(features)}
+        # The file has a header besides.
+        size = features.numel() * features.element_size() + len(str(about)) + 256
         if size > self.limit:
             self.warn(
                 f"features not kept: {_gigabytes(size)} are more than the {_gigabytes(self.limit)} of {self.folder}"
@@ -131,7 +133,6 @@ class FeatureStore:
             if free < size + RESERVE:
                 self.warn(f"features not kept: {_gigabytes(free)} free on the disk of {self.folder}")
                 return
-            about = {"key": json.dumps(_plain(key)), "sha256": _digest(features)}
             save_file({_NAME: features.contiguous()}, unfinished, about)
             _flush(unfinished)
             os.replace(unfinished, path)
