@@ -9,58 +9,43 @@ ones: a library rounds those by their size, and high learning rates make much of
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import fastpeft
+from bench.tables.lockstep_run import Run, starting_tensors
 from fastpeft.config import Config, parse_interval
 from fastpeft.metrics import Top1
 from fastpeft.state import clock_of
-from fastpeft.trainer import feature_key, launch, optim, precision, results
+from fastpeft.trainer import checkpoint, feature_key, launch, optim, precision, results
 from fastpeft.trainer.feature_store import FeatureStore
 from fastpeft.trainer.features import Features
-from fastpeft.trainer.order import STEP, Deal, evaluation_batches, mix
+from fastpeft.trainer.order import STEP, evaluation_batches, mix
 from fastpeft.trainer.report import Reporter
 from fastpeft.trainer.task import prepare
 from fastpeft.trainer.workload import Workload, deal_images
 
 # Of the trained tensors, their gradients and the optimizer's state of all runs that go together.
 LIMIT_BYTES = 2 * 2**30
+# Seconds of training that a killed process may lose.
+SAVE_AFTER = 60.0
 
-
-@dataclass
-class _Run:
-    """One of the runs.
-
-    Attributes:
-        index: of its configuration.
-        tensors: its parameters and buffers, by their names in the trained module.
-        lost: its loss or a tensor is no longer finite.
-    """
-
-    index: int
-    config: Config
-    deal: Deal
-    parameters: dict[str, nn.Parameter]
-    tensors: dict[str, torch.Tensor]
-    optimizer: torch.optim.Optimizer
-    lost: bool = False
-    correct: dict[str, float] = field(default_factory=dict)
-
-    def finite(self) -> bool:
-        """Whether parameters and the optimizer's state are."""
-        states = [value for state in self.optimizer.state.values() for value in state.values() if value is not None]
-        return all(tensor.isfinite().all() for tensor in [*self.parameters.values(), *states])
+# What the trainer's results hold, as far as a table needs it; None for a run that diverged.
+Outcome = dict[str, Any] | None
 
 
 def train(
-    configs: Sequence[Config], source: str, ranks: launch.Ranks, store: FeatureStore | None
-) -> list[dict[str, Any] | None] | None:
+    configs: Sequence[Config],
+    source: str,
+    ranks: launch.Ranks,
+    store: FeatureStore | None,
+    folder: Path,
+    done: Callable[[int, Outcome], None],
+) -> bool:
     """Train all, and evaluate each as the trainer does after its last epoch.
 
     Args:
@@ -68,67 +53,61 @@ def train(
         source: for messages.
         ranks: one.
         store: where features are kept.
+        folder: of the checkpoints, from which the same runs go on if they were interrupted.
+        done: called with the index and outcome of each. Seconds are those of all, divided by their number.
 
     Returns:
-        For each what the trainer's results hold as far as a table needs it, None for a run that diverged. Seconds and
-        memory are those of all, seconds divided by their number. None in place of the list if these runs cannot go
-        together: their training features are too large to keep, or they draw masks.
+        False, with nothing done, if these runs cannot go together: their training features are too large to keep, or
+        they draw masks.
 
     Raises:
         ConfigError: a run cannot begin.
+        OSError: a checkpoint cannot be written.
     """
-    started = time.monotonic()
     launch.start(ranks)
-    outcomes: dict[int, dict[str, Any] | None] = {}
     left = list(range(len(configs)))
     while left:
+        started = time.monotonic()
         task, model = prepare(configs[left[0]], source)
         if clock_of(model) is not None:
-            return None
+            return False
         work = Workload(task, model, deal_images(task, model, ranks), ranks, Reporter(False), store)
         if not isinstance(work.train_split, Features) or work.dtype == torch.float16:
-            return None
-        together = _same_backbone(work, configs, left, source)
+            return False
+        backbone = feature_key.prefix_digest(fastpeft.frozen_prefix(work.model))
+        together = _same_backbone(work, backbone, configs, left, source)
+        before = (time.monotonic() - started) / len(together)
         for part in _parts(work, together):
-            runs = [_begin(work, configs[index], index, start) for index, start in part]
-            found = _train(work, runs, ranks)
-            outcomes |= {run.index: outcome for run, outcome in zip(runs, found, strict=True)}
-        left = [index for index in left if index not in outcomes]
-    seconds = round((time.monotonic() - started) / len(configs), 3)
-    for outcome in outcomes.values():
-        if outcome is not None:
-            outcome["seconds"] = {"total": seconds}
-    return [outcomes[index] for index in range(len(configs))]
+            started = time.monotonic()
+            runs = [Run.begin(work, configs[index], index, start) for index, start in part]
+            about = _train(work, runs, ranks, folder, backbone)
+            about["seconds"] = {"total": before + (time.monotonic() - started) / len(runs)}
+            for run in runs:
+                done(run.index, None if run.lost else about | _accuracy(run))
+        found = {index for index, _ in together}
+        left = [index for index in left if index not in found]
+    return True
 
 
 def _same_backbone(
-    work: Workload, configs: Sequence[Config], left: list[int], source: str
+    work: Workload, backbone: str, configs: Sequence[Config], left: list[int], source: str
 ) -> list[tuple[int, dict[str, torch.Tensor]]]:
     """The runs whose frozen prefix has the workload's weights, each with the tensors that its seed begins with.
 
     Without pretrained weights a seed draws the backbone too, and then runs with other seeds have to wait.
     """
-    own = feature_key.prefix_digest(fastpeft.frozen_prefix(work.model))
-    starts: dict[int, dict[str, torch.Tensor] | None] = {configs[left[0]].train.seed: _tensors(work.model)}
+    starts: dict[int, dict[str, torch.Tensor] | None] = {configs[left[0]].train.seed: starting_tensors(work.model)}
     found = []
     for index in left:
         seed = configs[index].train.seed
         if seed not in starts:
             _, model = prepare(configs[index], source)
             precision.cast_frozen(model, work.dtype)
-            same = feature_key.prefix_digest(fastpeft.frozen_prefix(model)) == own
-            starts[seed] = _tensors(model) if same else None
+            same = feature_key.prefix_digest(fastpeft.frozen_prefix(model)) == backbone
+            starts[seed] = starting_tensors(model) if same else None
         if starts[seed] is not None:
             found.append((index, starts[seed]))
     return found
-
-
-def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of what training changes: trained parameters, and all buffers of a state dict."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
-    return {name: tensor.detach().cpu().clone() for name, tensor in (trained | buffers).items()}
 
 
 def _parts(work: Workload, together: list) -> list[list]:
@@ -138,72 +117,82 @@ def _parts(work: Workload, together: list) -> list[list]:
     return [together[first : first + size] for first in range(0, len(together), size)]
 
 
-def _begin(work: Workload, config: Config, index: int, start: dict[str, torch.Tensor]) -> _Run:
-    """A run before its first step."""
-    device = next(iter(work.named_trained().values())).device
-    trained = work.named_trained()
-    copies = {name: tensor.to(device, copy=True) for name, tensor in start.items()}
-    parameters = {name: nn.Parameter(copies[name]) for name in trained}
-    groups = {
-        group: [(name, parameters[name]) for name, _ in members]
-        for group, members in fastpeft.parameter_groups(work.model).items()
-    }
-    optimizer = optim.build_optimizer(groups, work.task.num_classes, config.train)
-    deal = Deal(work.deal.size, work.deal.batch_size, config.train.seed, work.deal.drop_last, 1)
-    # Features are decoded by a module that holds the model under this name.
-    tensors = {f"model.{name}": tensor for name, tensor in (copies | parameters).items()}
-    return _Run(index, config, deal, parameters, tensors, optimizer)
-
-
-def _train(work: Workload, runs: list[_Run], ranks: launch.Ranks) -> list[dict[str, Any] | None]:
-    """From the first step to the evaluation."""
+def _train(work: Workload, runs: list[Run], ranks: launch.Ranks, folder: Path, backbone: str) -> dict[str, Any]:
+    """From the first step, or the last checkpoint, to the evaluation; what all have in common of their outcomes."""
     train = work.task.config.train
-    steps = work.deal.steps
     interval, unit = parse_interval(train.checkpoint_every)
-    seconds = 0.0
+    identity = [[run.config.identity() for run in runs], backbone]
+    first, seconds = _resume(runs, folder, identity)
+    saved = time.monotonic()
     work.train_mode()
-    for epoch in range(train.epochs):
+    for epoch in range(first, train.epochs):
         started = time.perf_counter()
         orders = {run.config.train.seed: run.deal.order(epoch) for run in runs}
-        for step in range(steps):
+        for step in range(work.deal.steps):
             _step(work, [run for run in runs if not run.lost], orders, epoch, step, ranks)
         seconds += time.perf_counter() - started
-        # When the trainer writes a checkpoint it finds out what is no longer finite.
+        # It is when it writes a checkpoint that the trainer finds out what is no longer finite.
         if epoch + 1 == train.epochs or (unit == "epoch" and (epoch + 1) % interval == 0):
             for run in runs:
                 run.lost = run.lost or not run.finite()
-    _evaluate(work, [run for run in runs if not run.lost], "test" if work.val_split is None else "val", ranks)
+        if time.monotonic() - saved >= SAVE_AFTER and epoch + 1 < train.epochs:
+            _save(runs, folder, identity, epoch + 1, seconds)
+            saved = time.monotonic()
+    _evaluate(work, [run for run in runs if not run.lost], ranks)
     summary = fastpeft.summary(work.model)
-    seen = len(runs) * train.epochs * work.deal.size
-    about = {
+    return {
         "trained_parameters": summary.trainable,
         "backbone_parameters": summary.backbone,
-        "ms_per_image": round(1000 * seconds / seen, 4),
+        "ms_per_image": round(1000 * seconds / (len(runs) * train.epochs * work.deal.size), 4),
         "peak_memory_mb": results.peak_memory_mb(ranks.device),
         "precision": work.precision,
         "device": str(ranks.device.type),
     }
-    return [None if run.lost else about | _accuracies(run, train.epochs) for run in runs]
 
 
-def _accuracies(run: _Run, epochs: int) -> dict[str, Any]:
-    last = {"epoch": epochs} | {f"{split}_accuracy": share for split, share in run.correct.items()}
-    return {"history": [last], "test_accuracy": {"last": run.correct.get("test"), "best_val": None}}
+def _accuracy(run: Run) -> dict[str, Any]:
+    """Where the trainer's results have it."""
+    return {"history": [{"val_accuracy": run.accuracy}], "test_accuracy": {"last": run.accuracy}}
+
+
+def _save(runs: list[Run], folder: Path, identity: list, epoch: int, seconds: float) -> None:
+    """Write a checkpoint after an epoch; runs that are lost have nothing to keep."""
+    from safetensors import SafetensorError
+
+    tensors = {name: tensor for run in runs if not run.lost for name, tensor in run.kept().items()}
+    state = {"epoch": epoch, "seconds": seconds, "lost": [run.lost for run in runs], "identity": identity}
+    try:
+        checkpoint.save(folder, epoch, tensors, state)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def _resume(runs: list[Run], folder: Path, identity: list) -> tuple[int, float]:
+    """Go on from the last checkpoint of the very same runs: the epochs that are done, and their seconds."""
+    found = checkpoint.load_latest(folder, Reporter(True).warn)
+    if found is None or found[1]["identity"] != identity:
+        return 0, 0.0
+    tensors, state = found
+    for run, lost in zip(runs, state["lost"], strict=True):
+        run.lost = lost
+        if not lost:
+            run.load(tensors)
+    return state["epoch"], state["seconds"]
 
 
 def _step(
-    work: Workload, runs: list[_Run], orders: dict[int, list[int]], epoch: int, step: int, ranks: launch.Ranks
+    work: Workload, runs: list[Run], orders: dict[int, list[int]], epoch: int, step: int, ranks: launch.Ranks
 ) -> None:
     """One optimizer step of every run, as `fastpeft.trainer.loop` takes it on one rank."""
-    batches = {}
-    losses = []
+    batches, draws, losses = {}, {}, []
     for run in runs:
         seed = run.config.train.seed
         if seed not in batches:
             batches[seed] = _batch(work, work.deal.batch(orders[seed], step), ranks)
+            draws[seed] = mix(seed, STEP, epoch * work.deal.steps + step, ranks.rank)
         inputs, labels = batches[seed]
         optim.set_rates(run.optimizer, optim.rate_factor(run.config.train, epoch, step, work.deal.steps))
-        torch.manual_seed(mix(seed, STEP, epoch * work.deal.steps + step, ranks.rank))
+        _seed(draws[seed], ranks.device)
         loss = F.cross_entropy(work.forward(inputs, run.tensors).float(), labels, reduction="sum")
         (loss * (1.0 / len(labels))).backward()
         losses.append(loss.detach())
@@ -214,6 +203,13 @@ def _step(
             run.lost = not finite
 
 
+def _seed(seed: int, device: torch.device) -> None:
+    """Of what a head drops out. As `torch.manual_seed`, which on a machine without a GPU takes longer than a step."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
 def _batch(work: Workload, indices: list[int], ranks: launch.Ranks) -> tuple[torch.Tensor, torch.Tensor]:
     split = work.train_split
     labels = torch.tensor([split.labels[index] for index in indices], dtype=torch.long)
@@ -221,9 +217,12 @@ def _batch(work: Workload, indices: list[int], ranks: launch.Ranks) -> tuple[tor
 
 
 @torch.no_grad()
-def _evaluate(work: Workload, runs: list[_Run], name: str, ranks: launch.Ranks) -> None:
-    """Note the accuracy of every run; images that are not encoded are encoded once for all."""
-    split = {"val": work.val_split, "test": work.test_split}[name]
+def _evaluate(work: Workload, runs: list[Run], ranks: launch.Ranks) -> None:
+    """Note every run's accuracy on the validation images, or without them on the test images.
+
+    What is not encoded yet is encoded once for all.
+    """
+    split = work.test_split if work.val_split is None else work.val_split
     counts = [Top1(ranks.device) for _ in runs]
     work.eval_mode()
     workers = work.task.config.data.workers
@@ -232,5 +231,5 @@ def _evaluate(work: Workload, runs: list[_Run], name: str, ranks: launch.Ranks) 
         for run, count in zip(runs, counts, strict=True):
             count.update(work.forward(inputs, run.tensors), labels)
     for run, count in zip(runs, counts, strict=True):
-        run.correct[name] = count.accuracy
+        run.accuracy = count.accuracy
     work.train_mode()

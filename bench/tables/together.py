@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,14 +43,17 @@ def run(job: Job, jobs: Sequence[Job], results: Results, runs: Path, features: F
     if len(group) > 1:
         from filelock import FileLock
 
-        lock = runs / f".{_digest([str(one.key()) for one in group])}.lock"
+        folder = runs / f"{job.task}-{job.row.name}-{job.stage}-together-{_digest([str(one.key()) for one in group])}"
         try:
             runs.mkdir(parents=True, exist_ok=True)
-            with FileLock(lock):
-                if _run_group(group, results, runs, features) and results.has(**job.key()):
-                    return
+            with FileLock(folder.with_name(f".{folder.name}.lock")):
+                left = [one for one in group if not results.has(**one.key())]
+                if len(left) > 1 and _run_group(left, results, runs, folder, features):
+                    shutil.rmtree(folder, ignore_errors=True)
         except OSError as error:
-            raise TableError(f"{runs}: cannot be written: {error.strerror or error}; nothing was lost") from error
+            raise TableError(
+                f"{folder}: cannot be written: {error.strerror or error}; what was measured is in {results.path}"
+            ) from error
     if not results.has(**job.key()):
         results.add(job.run(runs, store_for(job, features)))
         job.clear(runs)
@@ -64,18 +68,14 @@ def store_for(job: Job, features: FeatureStore | None) -> FeatureStore | None:
     return features.of("train", "test") if len(job.protocol.seeds) > 1 else features.of("train")
 
 
-def _run_group(group: list[Job], results: Results, runs: Path, features: FeatureStore | None) -> bool:
-    """Have the missing rows of a group in the results; False if its runs do not go together."""
-    left = [one for one in group if not results.has(**one.key())]
-    if len(left) > 1:
-        outcomes = lockstep.train(
-            [one.config(one.out(runs)) for one in left], str(left[0]), launch.find_ranks(), store_for(left[0], features)
-        )
-        if outcomes is None:
-            return False
-        for one, outcome in zip(left, outcomes, strict=True):
-            results.add(one.row_of(outcome))
-    return True
+def _run_group(group: list[Job], results: Results, runs: Path, folder: Path, features: FeatureStore | None) -> bool:
+    """Have the rows of a group in the results; False, with nothing done, if its runs do not go together."""
+
+    def done(index: int, outcome: lockstep.Outcome) -> None:
+        results.add(group[index].row_of(outcome))
+
+    configs = [one.config(one.out(runs)) for one in group]
+    return lockstep.train(configs, str(group[0]), launch.find_ranks(), store_for(group[0], features), folder, done)
 
 
 def _group(job: Job, jobs: Sequence[Job], runs: Path) -> list[Job]:

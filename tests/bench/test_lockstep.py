@@ -59,6 +59,14 @@ def alone(job, runs, features=None, cache="auto"):
     }
 
 
+def train(todo, runs, features=None):
+    """The outcomes of a group, or None."""
+    found = {}
+    configs = [job.config(job.out(runs)) for job in todo]
+    done = lockstep.train(configs, "test", launch.find_ranks(), features, runs / "together", found.__setitem__)
+    return [found[index] for index in range(len(todo))] if done else None
+
+
 def side_by_side(todo, runs, monkeypatch, features=None):
     """The outcomes of a group, and the tensors that each run ended with."""
     ended = {}
@@ -71,9 +79,7 @@ def side_by_side(todo, runs, monkeypatch, features=None):
         return evaluate(work, these, *rest)
 
     monkeypatch.setattr(lockstep, "_evaluate", spy)
-    configs = [job.config(job.out(runs)) for job in todo]
-    outcomes = lockstep.train(configs, "test", launch.find_ranks(), features)
-    return outcomes, [ended[index] for index in range(len(todo))]
+    return train(todo, runs, features), [ended[index] for index in range(len(todo))]
 
 
 @pytest.mark.parametrize("row", ["linear", "mlp-3", "partial-1"])
@@ -131,7 +137,7 @@ def test_final_runs_of_several_seeds(vtab, tmp_path, monkeypatch, weights, pretr
 def test_a_run_that_diverges_is_lost_alone(vtab, tmp_path):
     # With such a rate the weights overflow within two steps.
     todo = jobs(vtab, points=((1e37, 0.01), (1.0, 0.0)))
-    outcomes = lockstep.train([job.config(job.out(tmp_path)) for job in todo], "test", launch.find_ranks(), None)
+    outcomes = train(todo, tmp_path)
     assert outcomes[0] is None and todo[0].run(tmp_path)["accuracy"] == "0"
     assert todo[0].row_of(None) == todo[0].run(tmp_path)
     single, _ = alone(todo[1], tmp_path / "alone")
@@ -139,8 +145,8 @@ def test_a_run_that_diverges_is_lost_alone(vtab, tmp_path):
 
 
 def test_a_study_trains_its_grid_at_once(vtab, tmp_path, monkeypatch):
-    counted, train = [], lockstep.train
-    monkeypatch.setattr(lockstep, "train", lambda configs, *rest: counted.append(len(configs)) or train(configs, *rest))
+    counted, together_ = [], lockstep.train
+    monkeypatch.setattr(lockstep, "train", lambda c, *rest: counted.append(len(c)) or together_(c, *rest))
     todo, results, said = jobs(vtab), Results(tmp_path / "results.csv"), []
     features = FeatureStore(tmp_path / "features", warn=said.append)
     store, advanced = study.storage(None, tmp_path), []
@@ -176,8 +182,57 @@ def test_runs_whose_features_are_too_large_go_alone(vtab, tmp_path, monkeypatch)
 
 def test_few_runs_at_a_time_where_memory_is_short(vtab, tmp_path, monkeypatch):
     todo = jobs(vtab)
-    configs = [job.config(job.out(tmp_path)) for job in todo]
-    whole = lockstep.train(configs, "test", launch.find_ranks(), None)
+    whole = train(todo, tmp_path)
     monkeypatch.setattr(lockstep, "LIMIT_BYTES", 1)
-    parts = lockstep.train(configs, "test", launch.find_ranks(), None)
-    assert [one["history"] for one in parts] == [one["history"] for one in whole]
+    assert [one["history"] for one in train(todo, tmp_path)] == [one["history"] for one in whole]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("row", ["mlp-3", "partial-1"])
+def test_an_interrupted_group_goes_on_where_it_was(vtab, tmp_path, monkeypatch, row):
+    # The first run is lost in the first epoch.
+    todo = jobs(vtab, row, batch=5, points=((1e30, 0.01), (1.0, 0.0), (0.05, 0.0001)), epochs=5)
+    (tmp_path / "whole").mkdir()
+    with monkeypatch.context() as patch:
+        whole, expected = [], {}
+        evaluate = lockstep._evaluate
+        patch.setattr(
+            lockstep,
+            "_evaluate",
+            lambda work, these, *rest: expected.update({r.index: r for r in these}) or evaluate(work, these, *rest),
+        )
+        whole = train(todo, tmp_path / "whole")
+    assert whole[0] is None and expected.keys() == {1, 2}
+    monkeypatch.setattr(lockstep, "SAVE_AFTER", 0.0)
+    step, taken = lockstep._step, []
+
+    def kill(work, runs, orders, epoch, *rest):
+        taken.append(epoch)
+        if epoch == 3 and len(taken) > 9:
+            raise Killed
+        return step(work, runs, orders, epoch, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(lockstep, "_step", kill)
+        train(todo, tmp_path)
+    taken.clear()
+    found = {}
+    monkeypatch.setattr(lockstep, "_step", lambda *rest: taken.append(rest[3]) or step(*rest))
+    evaluate = lockstep._evaluate
+    monkeypatch.setattr(
+        lockstep,
+        "_evaluate",
+        lambda work, these, *rest: found.update({r.index: r for r in these}) or evaluate(work, these, *rest),
+    )
+    again = train(todo, tmp_path)
+    assert taken[0] == 3 and [one and one["history"] for one in again] == [one and one["history"] for one in whole]
+    for index, run in expected.items():
+        for name, tensor in run.tensors.items():
+            assert torch.equal(found[index].tensors[name], tensor), name
+    # Other runs do not take them for their own.
+    taken.clear()
+    train(todo[1:], tmp_path)
+    assert taken[0] == 0
