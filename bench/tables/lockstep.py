@@ -1,9 +1,9 @@
 """Runs that differ only in rates, weight decay and seed, trained side by side on one set of features.
 
-A step of all of them reads a batch once and takes each run's forward, backward and optimizer step in turn, with the
-operations, shapes and random numbers that the trainer has for that run alone: every run ends with the very bits that
-it would have ended with by itself, whatever others there are. That is why their products are not stacked into larger
-ones: a library rounds those by their size, and high learning rates make much of a rounding.
+A step of all of them reads a batch once; of linear heads it has one loss and one backward pass. Products are taken run
+by run, in the shapes and with the random numbers that the trainer has for that run alone: every run ends with the very
+bits that it would have ended with by itself, whatever others there are. That is why products are not stacked: a library
+rounds larger ones otherwise, and high learning rates make much of a rounding.
 """
 
 from __future__ import annotations
@@ -184,23 +184,30 @@ def _step(
     work: Workload, runs: list[Run], orders: dict[int, list[int]], epoch: int, step: int, ranks: launch.Ranks
 ) -> None:
     """One optimizer step of every run, as `fastpeft.trainer.loop` takes it on one rank."""
-    batches, draws, losses = {}, {}, []
-    for run in runs:
-        seed = run.config.train.seed
-        if seed not in batches:
-            batches[seed] = _batch(work, work.deal.batch(orders[seed], step), ranks)
-            draws[seed] = mix(seed, STEP, epoch * work.deal.steps + step, ranks.rank)
-        inputs, labels = batches[seed]
-        optim.set_rates(run.optimizer, optim.rate_factor(run.config.train, epoch, step, work.deal.steps))
-        _seed(draws[seed], ranks.device)
-        loss = F.cross_entropy(work.forward(inputs, run.tensors).float(), labels, reduction="sum")
-        (loss * (1.0 / len(labels))).backward()
-        losses.append(loss.detach())
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-    if runs:
-        for run, finite in zip(runs, torch.stack(losses).isfinite().tolist(), strict=True):
+    batches, draws = {}, {}
+    for seed in {run.config.train.seed for run in runs}:
+        batches[seed] = _batch(work, work.deal.batch(orders[seed], step), ranks)
+        draws[seed] = mix(seed, STEP, epoch * work.deal.steps + step, ranks.rank)
+    size = len(runs) if _is_linear(work) else 1
+    for first in range(0, len(runs), size):
+        part = runs[first : first + size]
+        logits, labels = [], []
+        for run in part:
+            optim.set_rates(run.optimizer, optim.rate_factor(run.config.train, epoch, step, work.deal.steps))
+            _seed(draws[run.config.train.seed], ranks.device)
+            logits.append(work.forward(batches[run.config.train.seed][0], run.tensors).float())
+            labels.append(batches[run.config.train.seed][1])
+        losses = F.cross_entropy(torch.cat(logits), torch.cat(labels), reduction="none").view(len(part), -1).sum(dim=1)
+        (losses * (1.0 / len(labels[0]))).sum().backward()
+        for run, finite in zip(part, losses.isfinite().tolist(), strict=True):
             run.lost = not finite
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+
+
+def _is_linear(work: Workload) -> bool:
+    """Whether only an output layer is trained: then one loss and one backward pass of all runs fit into memory."""
+    return work.train_split.features.ndim == 2 and sum(p.ndim == 2 for p in work.named_trained().values()) == 1
 
 
 def _seed(seed: int, device: torch.device) -> None:
@@ -213,7 +220,7 @@ def _seed(seed: int, device: torch.device) -> None:
 def _batch(work: Workload, indices: list[int], ranks: launch.Ranks) -> tuple[torch.Tensor, torch.Tensor]:
     split = work.train_split
     labels = torch.tensor([split.labels[index] for index in indices], dtype=torch.long)
-    return split.features[indices].to(ranks.device), labels.to(ranks.device)
+    return work.converted(split.features[indices].to(ranks.device)), labels.to(ranks.device)
 
 
 @torch.no_grad()
@@ -227,7 +234,8 @@ def _evaluate(work: Workload, runs: list[Run], ranks: launch.Ranks) -> None:
     work.eval_mode()
     workers = work.task.config.data.workers
     for images, labels in evaluation_batches(split, work.evaluation_batch, 0, 1, workers):
-        inputs, labels = work.encoded(images.to(ranks.device), split), labels.to(ranks.device)
+        inputs = work.converted(work.encoded(images.to(ranks.device), split))
+        labels = labels.to(ranks.device)
         for run, count in zip(runs, counts, strict=True):
             count.update(work.forward(inputs, run.tensors), labels)
     for run, count in zip(runs, counts, strict=True):

@@ -1,4 +1,4 @@
-"""One of several runs that are trained side by side: its tensors, its optimizer, and how they are kept and found again."""
+"""One of several runs that are trained side by side: its tensors, its optimizer, and how they are kept."""
 
 from __future__ import annotations
 

@@ -124,12 +124,15 @@ class Workload:
             inputs: As `train_split` has them, or as `encoded` gives them.
             tensors: Parameters and buffers of `trained_module()` to run with in place of its own, by their names in it.
         """
-        if inputs.dtype != self._forward_dtype and self.cached is not None:
-            inputs = inputs.to(self._forward_dtype)
+        inputs = self.converted(inputs)
         with precision.autocast(self._device, self._forward_dtype):
             if tensors is not None:
                 return functional_call(self._trained, dict(tensors), (inputs,), tie_weights=False)
             return self._trained(inputs)
+
+    def converted(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Features in the format in which `forward` takes them; images as they are."""
+        return inputs if self.cached is None else inputs.to(self._forward_dtype)
 
     def encoded(self, inputs: torch.Tensor, split: Dataset) -> torch.Tensor:
         """What `forward` takes, of a batch of one of the splits: the batch itself, unless only this split is images."""
