@@ -46,7 +46,7 @@ def train(
     folder: Path,
     done: Callable[[int, Outcome], None],
 ) -> bool:
-    """Train all, and evaluate each as the trainer does after its last epoch.
+    """Train all, and evaluate each whenever the trainer would.
 
     Args:
         configs: of the runs; they differ in `train.base_lr`, `train.weight_decay`, `train.seed` and `out`.
@@ -83,7 +83,7 @@ def train(
             about = _train(work, runs, ranks, folder, backbone)
             about["seconds"] = {"total": before + (time.monotonic() - started) / len(runs)}
             for run in runs:
-                done(run.index, None if run.lost else about | _accuracy(run))
+                done(run.index, None if run.lost else about | _history(run))
         found = {index for index, _ in together}
         left = [index for index in left if index not in found]
     return True
@@ -131,6 +131,10 @@ def _train(work: Workload, runs: list[Run], ranks: launch.Ranks, folder: Path, b
         for step in range(work.deal.steps):
             _step(work, [run for run in runs if not run.lost], orders, epoch, step, ranks)
         seconds += time.perf_counter() - started
+        for run in runs:
+            run.end_epoch()
+        if epoch + 1 == train.epochs or (train.eval_every and (epoch + 1) % train.eval_every == 0):
+            _evaluate(work, [run for run in runs if not run.lost], ranks)
         # It is when it writes a checkpoint that the trainer finds out what is no longer finite.
         if epoch + 1 == train.epochs or (unit == "epoch" and (epoch + 1) % interval == 0):
             for run in runs:
@@ -138,7 +142,6 @@ def _train(work: Workload, runs: list[Run], ranks: launch.Ranks, folder: Path, b
         if time.monotonic() - saved >= SAVE_AFTER and epoch + 1 < train.epochs:
             _save(runs, folder, identity, epoch + 1, seconds)
             saved = time.monotonic()
-    _evaluate(work, [run for run in runs if not run.lost], ranks)
     summary = fastpeft.summary(work.model)
     return {
         "trained_parameters": summary.trainable,
@@ -150,9 +153,9 @@ def _train(work: Workload, runs: list[Run], ranks: launch.Ranks, folder: Path, b
     }
 
 
-def _accuracy(run: Run) -> dict[str, Any]:
-    """Where the trainer's results have it."""
-    return {"history": [{"val_accuracy": run.accuracy}], "test_accuracy": {"last": run.accuracy}}
+def _history(run: Run) -> dict[str, Any]:
+    """As the trainer's results have it; where there are validation images nobody reads the test images."""
+    return {"history": run.history, "test_accuracy": {"last": run.history[-1].get("test_accuracy"), "best_val": None}}
 
 
 def _save(runs: list[Run], folder: Path, identity: list, epoch: int, seconds: float) -> None:
@@ -160,7 +163,8 @@ def _save(runs: list[Run], folder: Path, identity: list, epoch: int, seconds: fl
     from safetensors import SafetensorError
 
     tensors = {name: tensor for run in runs if not run.lost for name, tensor in run.kept().items()}
-    state = {"epoch": epoch, "seconds": seconds, "lost": [run.lost for run in runs], "identity": identity}
+    told = [{"lost": run.lost, "history": run.history} for run in runs]
+    state = {"epoch": epoch, "seconds": seconds, "runs": told, "identity": identity}
     try:
         checkpoint.save(folder, epoch, tensors, state)
     except SafetensorError as error:
@@ -173,9 +177,9 @@ def _resume(runs: list[Run], folder: Path, identity: list) -> tuple[int, float]:
     if found is None or found[1]["identity"] != identity:
         return 0, 0.0
     tensors, state = found
-    for run, lost in zip(runs, state["lost"], strict=True):
-        run.lost = lost
-        if not lost:
+    for run, told in zip(runs, state["runs"], strict=True):
+        run.lost, run.history = told["lost"], told["history"]
+        if not run.lost:
             run.load(tensors)
     return state["epoch"], state["seconds"]
 
@@ -197,10 +201,13 @@ def _step(
             _seed(draws[run.config.train.seed], ranks.device)
             logits.append(work.forward(batches[run.config.train.seed][0], run.tensors).float())
             labels.append(batches[run.config.train.seed][1])
-        losses = F.cross_entropy(torch.cat(logits), torch.cat(labels), reduction="none").view(len(part), -1).sum(dim=1)
-        (losses * (1.0 / len(labels[0]))).sum().backward()
-        for run, finite in zip(part, losses.isfinite().tolist(), strict=True):
-            run.lost = not finite
+        images = len(labels[0])
+        chances = F.log_softmax(torch.cat(logits), dim=1).split(images)
+        pairs = zip(chances, labels, strict=True)
+        losses = torch.stack([F.nll_loss(*pair, reduction="sum") for pair in pairs])
+        (losses * (1.0 / images)).sum().backward()
+        for run, loss in zip(part, losses.tolist(), strict=True):
+            run.note(loss, images)
             run.optimizer.step()
             run.optimizer.zero_grad()
 
@@ -225,11 +232,12 @@ def _batch(work: Workload, indices: list[int], ranks: launch.Ranks) -> tuple[tor
 
 @torch.no_grad()
 def _evaluate(work: Workload, runs: list[Run], ranks: launch.Ranks) -> None:
-    """Note every run's accuracy on the validation images, or without them on the test images.
+    """Note every run's accuracy and loss on the validation images, or without them on the test images.
 
     What is not encoded yet is encoded once for all.
     """
-    split = work.test_split if work.val_split is None else work.val_split
+    name = "test" if work.val_split is None else "val"
+    split = {"val": work.val_split, "test": work.test_split}[name]
     counts = [Top1(ranks.device) for _ in runs]
     work.eval_mode()
     workers = work.task.config.data.workers
@@ -239,5 +247,5 @@ def _evaluate(work: Workload, runs: list[Run], ranks: launch.Ranks) -> None:
         for run, count in zip(runs, counts, strict=True):
             count.update(work.forward(inputs, run.tensors), labels)
     for run, count in zip(runs, counts, strict=True):
-        run.accuracy = count.accuracy
+        run.history[-1] |= {f"{name}_accuracy": count.accuracy, f"{name}_loss": count.loss}
     work.train_mode()

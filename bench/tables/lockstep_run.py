@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ class Run:
         tensors: its parameters and buffers, by their names in the workload's trained module.
         optimizer: over its parameters.
         lost: its loss or a tensor is no longer finite.
-        accuracy: of the split on which it was evaluated, once it was.
+        history: one entry an epoch, as the trainer's.
     """
 
     index: int
@@ -38,7 +40,9 @@ class Run:
     tensors: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
     lost: bool = False
-    accuracy: float | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    _loss: float = 0.0
+    _images: int = 0
 
     @classmethod
     def begin(cls, work: Workload, config: Config, index: int, start: Mapping[str, Tensor]) -> Run:
@@ -62,6 +66,18 @@ class Run:
         # What decodes features is a module that holds the model under this name.
         tensors = {f"model.{name}": tensor for name, tensor in (copies | parameters).items()}
         return cls(index, config, deal, parameters, tensors, optimizer)
+
+    def note(self, loss: float, images: int) -> None:
+        """A step's loss, summed over its images."""
+        self.lost = not math.isfinite(loss)
+        self._loss += loss
+        self._images += images
+
+    def end_epoch(self) -> None:
+        """Add the epoch's entry to the history."""
+        if not self.lost:
+            self.history.append({"epoch": len(self.history) + 1, "train_loss": self._loss / self._images})
+        self._loss, self._images = 0.0, 0
 
     def finite(self) -> bool:
         """Whether parameters and the optimizer's state are."""
