@@ -8,6 +8,7 @@ rounds larger ones otherwise, and high learning rates make much of a rounding.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -175,6 +176,8 @@ def _resume(runs: list[Run], folder: Path, identity: list) -> tuple[int, float]:
     """Go on from the last checkpoint of the very same runs: the epochs that are done, and their seconds."""
     found = checkpoint.load_latest(folder, Reporter(True).warn)
     if found is None or found[1]["identity"] != identity:
+        # Of other runs: a later epoch of theirs would outlive an earlier one of these.
+        shutil.rmtree(folder, ignore_errors=True)
         return 0, 0.0
     tensors, state = found
     for run, told in zip(runs, state["runs"], strict=True):
@@ -192,7 +195,7 @@ def _step(
     for seed in {run.config.train.seed for run in runs}:
         batches[seed] = _batch(work, work.deal.batch(orders[seed], step), ranks)
         draws[seed] = mix(seed, STEP, epoch * work.deal.steps + step, ranks.rank)
-    size = len(runs) if _is_linear(work) else 1
+    size = _at_once(work)
     for first in range(0, len(runs), size):
         part = runs[first : first + size]
         logits, labels = [], []
@@ -212,9 +215,14 @@ def _step(
             run.optimizer.zero_grad()
 
 
-def _is_linear(work: Workload) -> bool:
-    """Whether only an output layer is trained: then one loss and one backward pass of all runs fit into memory."""
-    return work.train_split.features.ndim == 2 and sum(p.ndim == 2 for p in work.named_trained().values()) == 1
+def _at_once(work: Workload) -> int:
+    """How many runs have one loss and one backward pass: several where only an output layer is trained.
+
+    What a deeper head, or a block, keeps for its backward pass is too much to keep for many.
+    """
+    linear = work.train_split.features.ndim == 2 and sum(p.ndim == 2 for p in work.named_trained().values()) == 1
+    logits = 4 * work.deal.batch_size * work.task.num_classes
+    return max(1, LIMIT_BYTES // (8 * logits)) if linear else 1
 
 
 def _seed(seed: int, device: torch.device) -> None:

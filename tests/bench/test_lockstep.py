@@ -237,3 +237,22 @@ def test_an_interrupted_group_goes_on_where_it_was(vtab, tmp_path, monkeypatch, 
     taken.clear()
     train(todo[1:], tmp_path)
     assert taken[0] == 0
+
+
+def test_of_several_parts_a_later_one_goes_on_too(vtab, tmp_path, monkeypatch):
+    todo, step, taken = jobs(vtab, epochs=4)[:2], lockstep._step, []
+    monkeypatch.setattr(lockstep, "SAVE_AFTER", 0.0)
+    monkeypatch.setattr(lockstep, "LIMIT_BYTES", 1)
+
+    def kill(work, runs, orders, epoch, *rest):
+        taken.append(epoch)
+        if len(taken) == 7:
+            raise Killed
+        return step(work, runs, orders, epoch, *rest)
+
+    monkeypatch.setattr(lockstep, "_step", kill)
+    with pytest.raises(Killed):
+        train(todo, tmp_path)
+    # By then the first has its row.
+    train(todo[1:], tmp_path)
+    assert taken == [0, 1, 2, 3, 0, 1, 2, 2, 3]
