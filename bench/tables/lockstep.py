@@ -163,7 +163,9 @@ def _save(runs: list[Run], folder: Path, identity: list, epoch: int, seconds: fl
     """Write a checkpoint after an epoch; runs that are lost have nothing to keep."""
     from safetensors import SafetensorError
 
-    tensors = {name: tensor for run in runs if not run.lost for name, tensor in run.kept().items()}
+    tensors = {}
+    for place, run in enumerate(runs):
+        tensors |= {} if run.lost else run.kept(place)
     told = [{"lost": run.lost, "history": run.history} for run in runs]
     state = {"epoch": epoch, "seconds": seconds, "runs": told, "identity": identity}
     try:
@@ -180,10 +182,10 @@ def _resume(runs: list[Run], folder: Path, identity: list) -> tuple[int, float]:
         shutil.rmtree(folder, ignore_errors=True)
         return 0, 0.0
     tensors, state = found
-    for run, told in zip(runs, state["runs"], strict=True):
+    for place, (run, told) in enumerate(zip(runs, state["runs"], strict=True)):
         run.lost, run.history = told["lost"], told["history"]
         if not run.lost:
-            run.load(tensors)
+            run.load(tensors, place)
     return state["epoch"], state["seconds"]
 
 

@@ -84,23 +84,23 @@ class Run:
         states = [value for state in self.optimizer.state.values() for value in state.values() if value is not None]
         return all(bool(tensor.isfinite().all()) for tensor in [*self.parameters.values(), *states])
 
-    def kept(self) -> dict[str, Tensor]:
-        """All that goes on changing, by names of its own, on the CPU."""
-        found = {f"{self.index}/tensor/{name}": tensor for name, tensor in self.tensors.items()}
+    def kept(self, place: int) -> dict[str, Tensor]:
+        """All that goes on changing, on the CPU, by names that begin with the run's place among others."""
+        found = {f"{place}/tensor/{name}": tensor for name, tensor in self.tensors.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                found[f"{self.index}/{key}/{name}"] = value
+                found[f"{place}/{key}/{name}"] = value
         return {name: tensor.detach().cpu().clone() for name, tensor in found.items()}
 
     @torch.no_grad()
-    def load(self, kept: Mapping[str, Tensor]) -> None:
+    def load(self, kept: Mapping[str, Tensor], place: int) -> None:
         """Go on from what `kept` gave."""
         for name, tensor in self.tensors.items():
-            tensor.copy_(kept[f"{self.index}/tensor/{name}"])
+            tensor.copy_(kept[f"{place}/tensor/{name}"])
         for name, parameter in self.parameters.items():
-            keys = [key for key in (*state_keys(self.optimizer), "step") if f"{self.index}/{key}/{name}" in kept]
+            keys = [key for key in (*state_keys(self.optimizer), "step") if f"{place}/{key}/{name}" in kept]
             for key in keys:
-                value = kept[f"{self.index}/{key}/{name}"]
+                value = kept[f"{place}/{key}/{name}"]
                 # Like torch: a step is counted on the CPU unless the optimizer is fused.
                 there = key != "step" or self.optimizer.defaults.get("fused")
                 self.optimizer.state[parameter][key] = value.to(parameter.device, copy=True) if there else value.clone()
