@@ -29,6 +29,7 @@ from bench.tables.results import Results
 from bench.tables.spec import Request, TableSpec, View
 from bench.tables.tasks import Task, find
 from fastpeft.errors import FastPEFTError
+from fastpeft.trainer.feature_store import DEFAULT_LIMIT, GIBIBYTE, FeatureStore
 from fastpeft.trainer.report import Reporter
 
 
@@ -55,6 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, metavar="N", help="default: the protocol's")
     parser.add_argument("--quick", action="store_true", help="a thinned grid and few epochs")
     parser.add_argument("--storage", metavar="URL", help="of the studies; default: an SQLite file in --out")
+    parser.add_argument(
+        "--features-gb", type=float, default=DEFAULT_LIMIT / GIBIBYTE, metavar="N", help="of features kept in --out"
+    )
     parser.add_argument("--tabulate", action="store_true", help="no runs: the table of the results that are there")
     options = parser.parse_args(arguments)
     try:
@@ -77,7 +81,7 @@ def _serve(options: argparse.Namespace) -> None:
     if not options.tabulate and not spec.missing:
         if spec.measure is not None:
             spec.measure(request)
-        _run(_without(request, say), options.storage, results, say)
+        _run(_without(request, say), options, results, say)
     _tabulate(request, options.name, results)
 
 
@@ -92,6 +96,8 @@ def _request(options: argparse.Namespace) -> Request:
             raise unknown("method", name, known)
     if options.seeds < 1 or (options.epochs is not None and options.epochs < 2):
         raise TableError("--seeds must be at least 1 and --epochs at least 2")
+    if not 0 <= options.features_gb < float("inf"):
+        raise TableError(f"--features-gb must be a number of gigabytes from 0, got {options.features_gb}")
     rows = tuple(row for row in spec.rows if not options.methods or row.name in options.methods)
     backbones = backbones_of(spec, options.backbone, options.image_size)
     tasks = _tasks(spec, options.data, options.tasks)
@@ -141,13 +147,14 @@ def _without(request: Request, say: Reporter) -> Request:
     return dataclasses.replace(request, backbones=there)
 
 
-def _run(request: Request, storage: str | None, results: Results, say: Reporter) -> None:
+def _run(request: Request, options: argparse.Namespace, results: Results, say: Reporter) -> None:
     """Have every run of the table in the results."""
     plan = list(request.spec.plan(request))
     total = sum(runs.size for runs in plan)
     if not total:
         return
-    store = study.storage(storage, request.out)
+    store = study.storage(options.storage, request.out)
+    features = FeatureStore(request.out / "features", int(options.features_gb * GIBIBYTE), say.warn)
     with say.bar("runs", total) as advance:
         done = 0
 
@@ -160,7 +167,7 @@ def _run(request: Request, storage: str | None, results: Results, say: Reporter)
 
         for runs in plan:
             for jobs in runs.batches(results):
-                study.run_all(jobs, results, request.out / "runs", store, count)
+                study.run_all(jobs, results, request.out / "runs", store, count, features)
 
 
 def _tabulate(request: Request, name: str, results: Results) -> None:

@@ -22,6 +22,7 @@ from bench.tables.results import VALUES, Results, point_text
 from fastpeft.config import Config
 from fastpeft.predict import Predictor
 from fastpeft.trainer import launch, precision, results
+from fastpeft.trainer.feature_store import FeatureStore
 from fastpeft.trainer.loop import DivergedError
 from fastpeft.trainer.order import evaluation_batches
 from fastpeft.trainer.task import prepare
@@ -59,6 +60,7 @@ class EnsembleJob:
 
     members: tuple[Job, ...]
     stage = STAGE
+    alone = True
 
     @property
     def task(self) -> str:
@@ -93,14 +95,14 @@ class EnsembleJob:
         """What the trainer was told for the first member: the data, and how images are prepared."""
         return self.members[0].config(out)
 
-    def run(self, runs: Path) -> dict[str, object]:
+    def run(self, runs: Path, features: FeatureStore | None = None) -> dict[str, object]:
         """Train the members that are not there, and test them together; the row for the results.
 
         An ensemble of which a member's loss is not finite has an accuracy of zero, as that run has.
         """
         about = {"version": fastpeft.__version__, "date": datetime.date.today().isoformat()}
         try:
-            outcomes = [member.train(runs) for member in self.members]
+            outcomes = [member.train(runs, features) for member in self.members]
         except DivergedError:
             return self.key() | dict.fromkeys(VALUES, "") | about | {
                 "accuracy": "0", "device": launch.find_ranks().device.type

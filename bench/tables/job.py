@@ -19,6 +19,7 @@ from bench.tables.tasks import data_fields
 from bench.tables.training_set import DEFAULT, TrainingSet
 from fastpeft.config import Config
 from fastpeft.trainer import launch, session
+from fastpeft.trainer.feature_store import FeatureStore
 from fastpeft.trainer.loop import DivergedError
 from fastpeft.trainer.report import Reporter
 
@@ -150,7 +151,7 @@ class Job:
         digest = hashlib.sha256(json.dumps(self.key(), sort_keys=True).encode()).hexdigest()[:12]
         return runs / f"{self.task}-{self.row.name}-{self.stage}-{digest}"
 
-    def train(self, runs: Path) -> dict[str, Any]:
+    def train(self, runs: Path, features: FeatureStore | None = None) -> dict[str, Any]:
         """Train, or go on training where a run was interrupted, or read what a finished run has left.
 
         Returns:
@@ -164,7 +165,7 @@ class Job:
         if self.start is not None:
             start, before = self.start.tuned(runs)
         out = self.out(runs)
-        outcome = session.run(self.config(out, start), str(self), False, Reporter(False), launch.find_ranks())
+        outcome = session.run(self.config(out, start), str(self), False, Reporter(False), launch.find_ranks(), features)
         past = len(before)
         after = [entry | {"epoch": entry["epoch"] + past} for entry in outcome["history"]]
         return outcome | {"history": before + after}
@@ -179,18 +180,32 @@ class Job:
             outcome = self.train(own)
         return self.out(own) / "adapter", outcome["history"]
 
-    def run(self, runs: Path) -> dict[str, object]:
+    def run(self, runs: Path, features: FeatureStore | None = None) -> dict[str, object]:
         """Train, or go on training where a run was interrupted; the row for the results.
 
-        A run whose loss is not finite has an accuracy of zero, so that the search goes on without it.
+        Args:
+            runs: folder of the runs' folders.
+            features: where features are kept that other runs need too.
 
         Raises:
             ConfigError: the run cannot begin.
         """
         try:
-            outcome = self.train(runs)
+            outcome = self.train(runs, features)
         except DivergedError:
             outcome = None
+        return self.row_of(outcome, runs)
+
+    @property
+    def alone(self) -> bool:
+        """Whether nothing else may be trained beside it: it begins with another run's weights, or its own are kept."""
+        return self.start is not None or self.keep
+
+    def row_of(self, outcome: dict[str, Any] | None, runs: Path) -> dict[str, object]:
+        """The row of a finished run, whose losses are kept where they are wanted.
+
+        A run whose loss is not finite, None, has an accuracy of zero, so that the search goes on without it.
+        """
         if outcome is not None and self.stage in ("final", "curve"):
             curves.keep(self.curve_file(runs), self.key(), outcome["history"])
         return self.key() | self._values(outcome)

@@ -16,9 +16,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bench.tables import together
 from bench.tables.errors import TableError
 from bench.tables.job import Job
 from bench.tables.results import Results
+from fastpeft.trainer.feature_store import FeatureStore
 
 # Seconds between two signs of life of a worker, and after how many it is taken for dead.
 _HEARTBEAT, _GRACE = 30, 120
@@ -70,7 +72,14 @@ def _not_opened(url: str, error: BaseException) -> TableError:
     return TableError(f"--storage {url}: cannot be opened: {_first_line(error)}")
 
 
-def run_all(jobs: Sequence[Job], results: Results, runs: Path, store, advance: Callable[[Job], None]) -> None:
+def run_all(
+    jobs: Sequence[Job],
+    results: Results,
+    runs: Path,
+    store,
+    advance: Callable[[Job], None],
+    features: FeatureStore | None = None,
+) -> None:
     """Have every job in the results: done here, done before, or done by another worker meanwhile.
 
     Args:
@@ -79,6 +88,7 @@ def run_all(jobs: Sequence[Job], results: Results, runs: Path, store, advance: C
         runs: folder of the runs' folders.
         store: from `storage`.
         advance: called with every job that is done, whoever did it.
+        features: where features are kept that several jobs need; None keeps nothing.
 
     Raises:
         TableError: the storage or the results cannot be written.
@@ -114,10 +124,8 @@ def run_all(jobs: Sequence[Job], results: Results, runs: Path, store, advance: C
         found = results.find(**job.key())
         if found is None:
             trial.set_user_attr(_WORKER, _me())
-            row = job.run(runs)
-            results.add(row)
-            job.clear(runs)
-            found = {name: str(value) for name, value in row.items()}
+            together.run(job, jobs, results, runs, features)
+            found = results.find(**job.key())
         return float(found["accuracy"])
 
     try:
@@ -143,6 +151,9 @@ def run_all(jobs: Sequence[Job], results: Results, runs: Path, store, advance: C
                 # Rows that were removed from the results, or trials that failed too often: once more from the start.
                 for number in left:
                     study.enqueue_trial({"run": names[number]}, {_ASKED: True}, skip_if_exists=False)
+            study.optimize(objective, n_trials=1)
+        # Of runs that were done together one trial did them all; the others take note of theirs.
+        while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             study.optimize(objective, n_trials=1)
     except SQLAlchemyError as error:
         raise TableError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,6 +84,17 @@ class ImageDataset(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Choose the augmentation's draw; call before the epoch's loader starts."""
         self.epoch = epoch
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What is done with pixels, in plain values: of one image, datasets that agree here make the same input."""
+        return {
+            "size": self.size,
+            "resize": self.resize,
+            "augment": self.augment,
+            "scale": self._scale.flatten().tolist(),
+            "shift": self._shift.flatten().tolist(),
+        }
 
     def preload(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Decode now whatever fits into memory, so that a broken file shows before training.

@@ -260,7 +260,7 @@ class Loop:
         self.work.eval_mode()
         with self.report.bar(f"evaluating on {split}", len(dataset)) as advance:
             counts = evaluate(
-                self.work.forward,
+                lambda inputs: self.work.forward(self.work.encoded(inputs, dataset)),
                 batches,
                 self.ranks.device,
                 lambda images: advance(images * self.ranks.world),

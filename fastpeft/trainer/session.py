@@ -10,7 +10,9 @@ import torch
 
 import fastpeft
 from fastpeft.config import Config
-from fastpeft.trainer import checkpoint, launch, optim, results
+from fastpeft.data.dataset import ImageDataset
+from fastpeft.trainer import checkpoint, features, launch, optim, results
+from fastpeft.trainer.feature_store import FeatureStore
 from fastpeft.trainer.folder import RunFolder
 from fastpeft.trainer.logs import Logs
 from fastpeft.trainer.loop import Loop
@@ -21,7 +23,14 @@ from fastpeft.trainer.task import Task, blame, prepare
 from fastpeft.trainer.workload import Workload, deal_images
 
 
-def run(config: Config, source: str, fresh: bool, report: Reporter, ranks: launch.Ranks) -> dict[str, Any]:
+def run(
+    config: Config,
+    source: str,
+    fresh: bool,
+    report: Reporter,
+    ranks: launch.Ranks,
+    store: FeatureStore | None = None,
+) -> dict[str, Any]:
     """Train, or finish training, or find that everything is done.
 
     Args:
@@ -30,6 +39,7 @@ def run(config: Config, source: str, fresh: bool, report: Reporter, ranks: launc
         fresh: Discard what the output folder holds.
         report: What speaks to the user.
         ranks: Where this process stands.
+        store: Where features are kept that other runs need too; None computes them for this run alone.
 
     Returns:
         What `results.json` holds.
@@ -48,21 +58,27 @@ def run(config: Config, source: str, fresh: bool, report: Reporter, ranks: launc
             report.say(f"{folder.root} is finished; --fresh would train again")
             _close(finished, folder, report)
             return finished
-        return _train(config, source, folder, report, ranks, started)
+        return _train(config, source, folder, report, ranks, started, store)
     finally:
         folder.release()
 
 
 def _train(
-    config: Config, source: str, folder: RunFolder, report: Reporter, ranks: launch.Ranks, started: float
+    config: Config,
+    source: str,
+    folder: RunFolder,
+    report: Reporter,
+    ranks: launch.Ranks,
+    started: float,
+    store: FeatureStore | None,
 ) -> dict[str, Any]:
     """Train from the last checkpoint, or from the beginning, to the end."""
     task, model = prepare(config, source)
     deal = deal_images(task, model, ranks)
     launch.start(ranks)
     report.say(f"data      {task.splits.description}")
-    _decode(task, report)
-    work = Workload(task, model, deal, ranks, report)
+    work = Workload(task, model, deal, ranks, report, store)
+    _decode(work, report)
     summary = fastpeft.summary(work.model)
     report.say(f"model     {config.model.name}, {_method_name(config)}: {summary.trainable:,} parameters trained")
     report.say(f"precision {work.precision}")
@@ -90,14 +106,12 @@ def _train(
     return outcome
 
 
-def _decode(task: Task, report: Reporter) -> None:
-    """Decode what fits into memory, so that a broken image ends the run before it starts."""
+def _decode(work: Workload, report: Reporter) -> None:
+    """Decode the splits that are not encoded, so that a broken image ends the run before it starts."""
     for name in ("train", "val", "test"):
-        split = getattr(task.splits, name)
-        if split is None:
-            continue
-        with report.bar(f"reading {name} images", len(split)) as advance:
-            split.preload(lambda done, total, advance=advance: advance(1))
+        split = getattr(work, f"{name}_split")
+        if isinstance(split, ImageDataset):
+            features.preload(split, report, name)
 
 
 def _finish(loop: Loop, summary: Any) -> dict[str, Any]:

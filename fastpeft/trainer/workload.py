@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
+from torch.func import functional_call
+from torch.utils.data import Dataset
 
 import fastpeft
 from fastpeft.config import ConfigError
 from fastpeft.trainer import features, precision
+from fastpeft.trainer.feature_store import FeatureStore
 from fastpeft.trainer.launch import Ranks
 from fastpeft.trainer.order import STEP, Deal, mix
 from fastpeft.trainer.report import Reporter
@@ -52,12 +57,20 @@ class Workload:
         deal: How images are dealt to steps, ranks and micro-batches.
         train_split: Images, or features, with labels.
         val_split: Likewise, or None.
-        test_split: Likewise.
+        test_split: Likewise. Images beside encoded training images, if there was no room for their features.
         evaluation_batch: Inputs of an evaluation batch.
         cached: What was computed once, in words, or None.
     """
 
-    def __init__(self, task: Task, model: nn.Module, deal: Deal, ranks: Ranks, report: Reporter) -> None:
+    def __init__(
+        self,
+        task: Task,
+        model: nn.Module,
+        deal: Deal,
+        ranks: Ranks,
+        report: Reporter,
+        store: FeatureStore | None = None,
+    ) -> None:
         config = task.config
         self.task = task
         self.dtype, self.precision = precision.choose(config.train.precision, ranks.device)
@@ -67,15 +80,20 @@ class Workload:
         fastpeft.refresh(self.model)
         fastpeft.set_rng_state(self.model, seed=mix(config.train.seed, STEP), step=0, rank=ranks.rank)
         self.train_split, self.val_split, self.test_split = task.splits.train, task.splits.val, task.splits.test
-        self.evaluation_batch = 64
+        self.evaluation_batch = features.BATCH
         self.cached: str | None = None
         self._trained: nn.Module = self.model
+        self._prefix = None
         self._device, self._forward_dtype = ranks.device, self.dtype
         if config.train.cache_features == "auto" and task.splits.deterministic:
-            self._cache(ranks, report)
+            self._cache(ranks, report, store)
 
-    def _cache(self, ranks: Ranks, report: Reporter) -> None:
-        """Encode every split once, if the model has a frozen prefix whose features are small enough to keep."""
+    def _cache(self, ranks: Ranks, report: Reporter, store: FeatureStore | None) -> None:
+        """Encode splits once, if the model has a frozen prefix whose features are small enough to keep.
+
+        Training images, which every epoch reads, come first; a split for which no room is left is encoded as it is
+        evaluated.
+        """
         prefix = fastpeft.frozen_prefix(self.model)
         if prefix is None or prefix.start == 0:
             # Embedded patches take more memory than pixels and little time to compute.
@@ -83,27 +101,45 @@ class Workload:
         self.model.eval()
         splits = {"train": self.train_split, "val": self.val_split, "test": self.test_split}
         present = {name: split for name, split in splits.items() if split is not None}
-        if not features.fits(prefix, list(present.values()), ranks, self.dtype):
+        chosen = features.choose(prefix, present, ranks, self.dtype)
+        if "train" not in chosen:
             return
-        workers = self.task.config.data.workers
-        encoded = {
-            name: features.encode(prefix, split, ranks, self.dtype, workers, report, name)
-            for name, split in present.items()
-        }
-        self.train_split, self.test_split = encoded["train"], encoded["test"]
-        self.val_split = encoded.get("val")
+        config = self.task.config
+        for name in chosen:
+            encoded = features.encode(
+                prefix, present[name], ranks, self.dtype, config.data.workers, report, name, config, store
+            )
+            setattr(self, f"{name}_split", encoded)
         self.cached = prefix.description
+        self._prefix = prefix
         self._trained = prefix.decoder
         if self.train_split.features.ndim == 2:
             # Only the head is left, and full precision costs nothing there.
             self._forward_dtype = torch.float32
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Logits of a batch of images, or of their features."""
-        if inputs.dtype != self._forward_dtype and self.cached is not None:
-            inputs = inputs.to(self._forward_dtype)
+    def forward(self, inputs: torch.Tensor, tensors: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """Logits of a batch of images, or of their features where the training split is encoded.
+
+        Args:
+            inputs: As `train_split` has them, or as `encoded` gives them.
+            tensors: Parameters and buffers of `trained_module()` to run with in place of its own, by their names in it.
+        """
+        inputs = self.converted(inputs)
         with precision.autocast(self._device, self._forward_dtype):
+            if tensors is not None:
+                return functional_call(self._trained, dict(tensors), (inputs,), tie_weights=False)
             return self._trained(inputs)
+
+    def converted(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Features in the format in which `forward` takes them; images as they are."""
+        return inputs if self.cached is None else inputs.to(self._forward_dtype)
+
+    def encoded(self, inputs: torch.Tensor, split: Dataset) -> torch.Tensor:
+        """What `forward` takes, of a batch of one of the splits: the batch itself, unless only this split is images."""
+        if self.cached is None or isinstance(split, features.Features):
+            return inputs
+        with precision.autocast(self._device, self.dtype):
+            return self._prefix.encode(inputs)
 
     def train_mode(self) -> None:
         """Turn on what is random in training; a frozen backbone keeps its own dropout off."""

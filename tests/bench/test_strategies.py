@@ -208,7 +208,7 @@ def test_an_ensemble_with_a_member_that_diverged(vtab, tmp_path, backbone, monke
     one = Experiment(backbone, vtab, "eurosat", "eurosat", ROWS["linear"], QUICK)
     job = EnsembleJob((one.job("final", one.points[0], 42),))
 
-    def diverge(self, runs):
+    def diverge(self, runs, features=None):
         raise DivergedError("the loss is nan")
 
     monkeypatch.setattr(type(job.members[0]), "train", diverge)
@@ -277,7 +277,7 @@ def test_a_killed_worker_leaves_what_the_next_goes_on_from(vtab, tmp_path, backb
     done(results, tuning.search(), one.search())
     store, trained = study.storage(None, tmp_path), []
 
-    def train(self, runs):
+    def train(self, runs, features=None):
         trained.append((self.row.name, self.seed))
         raise KeyboardInterrupt
 

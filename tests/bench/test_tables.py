@@ -198,13 +198,13 @@ def jobs(vtab, row="linear", points=2):
 
 def test_runs_are_done_once_whoever_asks(vtab, tmp_path, monkeypatch):
     trained = []
-    monkeypatch.setattr(Job, "run", lambda self, runs: trained.append(self) or self.key() | rest())
+    monkeypatch.setattr(Job, "run", lambda self, *_: trained.append(self) or self.key() | rest())
 
     def rest():
         return {name: "1" for name in FIELDS if name not in KEY}
 
     results, said = Results(tmp_path / "results.csv"), []
-    todo = jobs(vtab, points=5)
+    todo = jobs(vtab, "bias", points=5)
     for _ in range(2):
         study.run_all(todo, results, tmp_path, study.storage(None, tmp_path), said.append)
     assert trained == todo and len(said) == 10
