@@ -1,0 +1,5 @@
+"""Data sets made on the spot or converted, each in the folder layout of VTAB-1k.
+
+A maker is a module here with a function `make(out, *, ...)`: `out` is the folder that gets the task folders, and the
+keywords are what `python -m bench.made NAME` takes as options. `bench.made.__main__` finds the modules by itself.
+"""

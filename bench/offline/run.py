@@ -1,0 +1,25 @@
+"""One run of the study."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.tables.job import Job
+from fastpeft.config import Config
+
+
+@dataclass(frozen=True)
+class ShortJob(Job):
+    """A run of few epochs, whose head starts small.
+
+    The protocol's head starts with logits of several units at random, which a hundred epochs forget and ten do not.
+    Checkpoints are for runs of hours; one half-way is enough for runs of minutes.
+    """
+
+    def config(self, out: Path) -> Config:
+        """What the trainer is told."""
+        usual = super().config(out)
+        half = max(1, self.protocol.epochs // 2)
+        changed = {"head_init": "keep", "checkpoint_every": f"{half} epochs"}
+        return usual.model_copy(update={"train": usual.train.model_copy(update=changed)})
