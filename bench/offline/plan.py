@@ -24,11 +24,11 @@ ROWS = {
     for row in (
         Row("full", {"name": "full"}, "adamw", BATCH, (0.001, 0.0002)),
         Row("linear", {"name": "linear"}, "sgd", BATCH, (0.25, 0.05)),
-        Row("bias", {"name": "bitfit"}, "adamw", BATCH, (0.02, 0.005)),
+        Row("bias", {"name": "bitfit"}, "adamw", BATCH, (0.01, 0.002)),
         Row("adapter", {"name": "adapter", "reduction": 8}, "adamw", BATCH, (0.01, 0.002)),
-        Row("vpt-shallow", {"name": "vpt", "length": 10, "deep": False}, "sgd", BATCH, (2.5, 0.5)),
-        Row("vpt-deep", {"name": "vpt", "length": 10, "dropout": 0.0}, "sgd", BATCH, (2.5, 0.5)),
-        Row("lora", {"name": "lora", "rank": 8}, "adamw", BATCH, (0.02, 0.005)),
+        Row("vpt-shallow", {"name": "vpt", "length": 10, "deep": False}, "sgd", BATCH, (0.25, 0.05)),
+        Row("vpt-deep", {"name": "vpt", "length": 10, "dropout": 0.0}, "sgd", BATCH, (0.1, 0.02)),
+        Row("lora", {"name": "lora", "rank": 8}, "adamw", BATCH, (0.01, 0.002)),
         Row("serial-adapter", {"name": "serial_adapter", "hidden": 64}, "adamw", BATCH, (0.01, 0.002)),
     )
 }

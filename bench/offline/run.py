@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,3 +24,10 @@ class ShortJob(Job):
         half = max(1, self.protocol.epochs // 2)
         changed = {"head_init": "keep", "checkpoint_every": f"{half} epochs"}
         return usual.model_copy(update={"train": usual.train.model_copy(update=changed)})
+
+    def run(self, runs: Path) -> dict[str, object]:
+        """Train; what its model and images took is free when this returns."""
+        try:
+            return super().run(runs)
+        finally:
+            gc.collect()
