@@ -18,9 +18,9 @@ class ShortJob(Job):
     Checkpoints are for runs of hours; one half-way is enough for runs of minutes.
     """
 
-    def config(self, out: Path) -> Config:
-        """What the trainer is told."""
-        usual = super().config(out)
+    def config(self, out: Path, *more: object) -> Config:
+        """What the trainer is told; `more` is what a job's own configuration takes besides."""
+        usual = super().config(out, *more)
         half = max(1, self.protocol.epochs // 2)
         changed = {"head_init": "keep", "checkpoint_every": f"{half} epochs"}
         return usual.model_copy(update={"train": usual.train.model_copy(update=changed)})
