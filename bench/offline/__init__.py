@@ -1,0 +1,1 @@
+"""Fine-tuning methods on real data and a real backbone, without a download: `python -m bench.offline`."""
