@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from bench.analyses.errors import AnalysisError
+from bench.analyses.errors import AnalysisError, first_line
 from fastpeft.errors import FastPEFTError
 from fastpeft.saving.files import replace
 
@@ -60,7 +60,7 @@ def device_of(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise AnalysisError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise AnalysisError(f"--device {name}: {first_line(error)}") from None
     return device
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.analyses.errors import AnalysisError
+from bench.analyses.errors import AnalysisError, first_line
 from bench.tables.job import Backbone
 from fastpeft._compat import ensure_torchvision
 from fastpeft.models.build import build_model, default_mean_std
@@ -131,7 +131,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         ) from None
     # Each format has errors of its own for bytes that are not of it.
     except Exception as error:
-        raise AnalysisError(f"{path}: cannot be read as a file of weights: {str(error).splitlines()[0]}") from None
+        raise AnalysisError(f"{path}: cannot be read as a file of weights: {first_line(error)}") from None
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise AnalysisError(f"{path}: expected a state dict, names and tensors alone")
     return content

@@ -88,11 +88,23 @@ def _pool(cifar: Path, made: Path) -> list[Sample]:
     if not (folder / _POOL_LIST).is_file():
         part = made / f".{os.getpid()}.pool"
         with tarfile.open(cifar / POOL) as archive:
-            archive.extractall(part, filter="data")
+            _unpack(archive, part)
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
     lines = (folder / _POOL_LIST).read_text(encoding="utf-8").splitlines()
     return [(folder / path, int(label)) for path, label in map(str.split, lines)]
+
+
+def _unpack(archive: tarfile.TarFile, folder: Path) -> None:
+    """The archive's files and nothing else; Python before 3.11.4 has no filter for that."""
+    for member in archive:
+        path = folder / member.name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise TableError(f"{archive.name}: '{member.name}' leads out of the folder that it is unpacked to")
+        if member.isfile():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                shutil.copyfileobj(archive.extractfile(member), file)
 
 
 def _one_a_class(pool: list[Sample]) -> tuple[list[Sample], list[Sample]]:

@@ -206,12 +206,14 @@ class Recorder:
     def __init__(self, monkeypatch, score):
         self.jobs = []
 
-        def run(job, runs):
+        def run(job, runs, features=None):
             self.jobs.append(job)
             rest = dict.fromkeys((name for name in FIELDS if name not in KEY), "1")
             return job.key() | rest | {"accuracy": score(job)}
 
         monkeypatch.setattr(Job, "run", run)
+        # Side by side nothing would be trained by `run`.
+        monkeypatch.setattr(Job, "alone", True)
 
     def of(self, stage):
         """(method in the results, method that is trained, setting) of a stage's runs."""
