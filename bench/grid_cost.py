@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 
 from bench.record import Record, default_path
+from bench.serve import serve
 from bench.tables import study, together
 from bench.tables.errors import unknown
 from bench.tables.job import Backbone, Job
 from bench.tables.protocol import ROWS, Protocol
 from bench.tables.results import Results
-from fastpeft.errors import FastPEFTError
 from fastpeft.trainer import launch
 from fastpeft.trainer.feature_store import FeatureStore
 
@@ -53,15 +53,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--separate", type=int, metavar="N", help="points to run one by one; default: all")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: bench/results/<device>/grid_cost.json")
     options = parser.parse_args(arguments)
-    try:
-        for name in options.methods:
-            if name not in ROWS:
-                raise unknown("method", name, ROWS)
-            _measure(options, name)
-    except FastPEFTError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return serve(lambda: _serve(options))
+
+
+def _serve(options: argparse.Namespace) -> None:
+    for name in options.methods:
+        if name not in ROWS:
+            raise unknown("method", name, ROWS)
+        _measure(options, name)
 
 
 def _measure(options: argparse.Namespace, name: str) -> None:

@@ -10,6 +10,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -166,6 +167,11 @@ def _products(model: nn.Module) -> list[_Product]:
     return products
 
 
+def _anywhere(argument: str) -> str:
+    """An argument without the folders of one machine: of an absolute path its last name."""
+    return re.sub(r"(^|[=@])/\S*/", r"\1", argument)
+
+
 def environment(device: torch.device | str = "cpu") -> dict[str, object]:
     """Describe the machine, the versions, the command and the date of a run, for a result file."""
     device = torch.device(device)
@@ -177,7 +183,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, object]:
         "python": platform.python_version(),
         "versions": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
         "commit": _git("rev-parse", "HEAD"),
-        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "command": " ".join(["python", *map(_anywhere, sys.orig_argv[1:])]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     if device.type == "cuda":

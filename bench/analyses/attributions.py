@@ -29,6 +29,7 @@ from bench.analyses.gradcam import grad_cam
 from bench.analyses.images import SPLITS, ImageSet, open_files, open_set
 from bench.analyses.integrated import integrated_gradients
 from bench.analyses.runs import Run, check_labels, open_runs, probabilities
+from bench.serve import serve
 from fastpeft.trainer.report import Reporter
 
 KINDS = ("grad-cam", "integrated-gradients")
@@ -111,7 +112,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=64, metavar="N")
     parser.add_argument("--device", metavar="DEVICE", help="default: the GPU if there is one")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .png, .svg or .pdf; .csv beside it")
-    return command.run(_serve, parser.parse_args(arguments))
+    options = parser.parse_args(arguments)
+    return serve(lambda: _serve(options))
 
 
 def _serve(options: argparse.Namespace) -> None:

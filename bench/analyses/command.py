@@ -1,18 +1,15 @@
-"""What the analyses' commands share: one line for an error, and files that are written whole or not at all."""
+"""What the analyses' commands share: their parsers, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
 import argparse
 import io
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
 from bench.analyses.errors import AnalysisError, first_line
-from fastpeft.errors import FastPEFTError
 from fastpeft.saving.files import replace
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -25,19 +22,6 @@ def parser(module: str, description: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-
-
-def run(serve: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
-    """Serve a request; 0, or 2 for one that cannot be served."""
-    try:
-        serve(options)
-    except FastPEFTError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr, flush=True)
-        return 130
-    return 0
 
 
 def at_least(name: str, value: int, least: int) -> None:

@@ -28,6 +28,7 @@ from bench.analyses.errors import AnalysisError
 from bench.analyses.extractors import Extractor, open_extractor
 from bench.analyses.frechet import Gaussian, Moments, distance
 from bench.analyses.images import ImageSet, batches, open_set
+from bench.serve import serve
 from bench.tables import cells
 from bench.tables.layout import Entry, Layout
 from fastpeft.data import ImageDataset
@@ -75,7 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, metavar="CSV", help="of bench.tables, for the methods' differences")
     parser.add_argument("--methods", nargs=2, default=("full", "vpt-deep"), metavar="METHOD", help="in CSV")
     parser.add_argument("--where", nargs="+", default=[], metavar="FIELD=VALUE", help="which rows of CSV")
-    return command.run(_serve, parser.parse_args(arguments))
+    options = parser.parse_args(arguments)
+    return serve(lambda: _serve(options))
 
 
 def _serve(options: argparse.Namespace) -> None:

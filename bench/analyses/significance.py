@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from bench.analyses import accuracies, command, effects
 from bench.analyses.errors import AnalysisError
+from bench.serve import serve
 from bench.tables import statistics
 from bench.tables.layout import Entry, Layout
 from bench.tables.tasks import TASKS
@@ -84,7 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rivals", nargs="+", metavar="METHOD", help="default: all others that the file has")
     parser.add_argument("--where", nargs="+", default=[], metavar="FIELD=VALUE", help="which rows of the file")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write the tables and a figure")
-    return command.run(_serve, parser.parse_args(arguments))
+    options = parser.parse_args(arguments)
+    return serve(lambda: _serve(options))
 
 
 def _serve(options: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from bench.analyses import command
 from bench.analyses.errors import AnalysisError
 from bench.analyses.images import SPLITS, open_set
 from bench.analyses.runs import check_labels, embeddings, open_runs
+from bench.serve import serve
 from fastpeft.trainer.report import Reporter
 
 _NEIGHBOURS = 10
@@ -46,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=64, metavar="N")
     parser.add_argument("--device", metavar="DEVICE", help="default: the GPU if there is one")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .png, .svg or .pdf; .csv beside it")
-    return command.run(_serve, parser.parse_args(arguments))
+    options = parser.parse_args(arguments)
+    return serve(lambda: _serve(options))
 
 
 def _serve(options: argparse.Namespace) -> None:

@@ -20,8 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import bench.made
+from bench.serve import GOES_ON, serve
 from bench.tables.errors import unknown
-from fastpeft.errors import FastPEFTError
 
 
 def makers() -> dict[str, Callable[..., None]]:
@@ -35,26 +35,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; 0, or 2 for a request that cannot be served."""
     arguments = sys.argv[1:] if arguments is None else arguments
     found = makers()
-    try:
-        if not arguments or arguments[0].startswith("-"):
-            _list(found)
-            return 0 if arguments else 2
-        name, *rest = arguments
-        if name not in found:
-            raise unknown("data set", name, found)
-        options = _parser(name, found[name]).parse_args(rest)
-        found[name](**vars(options))
-    except FastPEFTError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 2
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on from here", file=sys.stderr, flush=True)
-        return 130
-    return 0
+    if not arguments or arguments[0].startswith("-"):
+        _list(found)
+        return 0 if arguments else 2
+    return serve(lambda: _make(found, *arguments), GOES_ON)
+
+
+def _make(found: dict[str, Callable[..., None]], name: str, *rest: str) -> None:
+    if name not in found:
+        raise unknown("data set", name, found)
+    found[name](**vars(_parser(name, found[name]).parse_args(rest)))
 
 
 def _list(found: dict[str, Callable[..., None]]) -> None:

@@ -18,11 +18,11 @@ from pathlib import Path
 
 from bench.offline import data, plan, tables
 from bench.offline.run import ShortJob
+from bench.serve import GOES_ON, serve
 from bench.tables import study
 from bench.tables.errors import TableError, unknown
 from bench.tables.protocol import Row, best
 from bench.tables.results import Results
-from fastpeft.errors import FastPEFTError
 from fastpeft.trainer.feature_store import DEFAULT_LIMIT, FeatureStore
 from fastpeft.trainer.report import Reporter
 
@@ -48,15 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, metavar="N", help="begin no further run after so many")
     parser.add_argument("--tabulate", action="store_true", help="no runs: the tables of the results that are there")
     options = parser.parse_args(arguments)
-    try:
-        _serve(options)
-    except FastPEFTError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on from here", file=sys.stderr, flush=True)
-        return 130
-    return 0
+    return serve(lambda: _serve(options), GOES_ON)
 
 
 def _serve(options: argparse.Namespace) -> None:

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from bench.report.page import build
+from bench.serve import serve
 from bench.tables import files
-from fastpeft.errors import FastPEFTError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,15 +26,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: DIR/report.html")
     parser.add_argument("--title", default="Results", help="heading of the page [Results]")
     options = parser.parse_args(arguments)
+    return serve(lambda: _serve(options))
+
+
+def _serve(options: argparse.Namespace) -> None:
     path = options.out or options.folder / "report.html"
-    try:
-        text = build(options.folder, options.title)
-        files.write(path, text)
-    except FastPEFTError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 2
+    text = build(options.folder, options.title)
+    files.write(path, text)
     print(f"{path}: {len(text.encode()) / 2**20:.1f} MiB")
-    return 0
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from bench.figures import catalogue
+from bench.serve import GOES_ON, serve
 from bench.tables import study
 from bench.tables.backbones import lacking
 from bench.tables.errors import TableError, unknown
@@ -28,7 +29,6 @@ from bench.tables.request import backbones_of
 from bench.tables.results import Results
 from bench.tables.spec import Request, TableSpec, View
 from bench.tables.tasks import Task, find
-from fastpeft.errors import FastPEFTError
 from fastpeft.trainer.feature_store import DEFAULT_LIMIT, GIBIBYTE, FeatureStore
 from fastpeft.trainer.report import Reporter
 
@@ -61,15 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--tabulate", action="store_true", help="no runs: the table of the results that are there")
     options = parser.parse_args(arguments)
-    try:
-        _serve(options)
-    except FastPEFTError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on from here", file=sys.stderr, flush=True)
-        return 130
-    return 0
+    return serve(lambda: _serve(options), GOES_ON)
 
 
 def _serve(options: argparse.Namespace) -> None:
