@@ -1,0 +1,280 @@
+"""mPLUG: an image tower, a text encoder, a skip-connected fusion of both, and a decoder that writes text.
+
+V = image tower(images)                           [projected to D where its width is another]
+T = text encoder(question or prompt)
+V, T = fusion(V, T)
+logits = decoder(text; memory),   memory = [V; T], or V alone
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastpeft._compat import import_timm
+from fastpeft.errors import FastPEFTError
+from fastpeft.models.mplug.config import MPlugConfig
+from fastpeft.models.mplug.stacks import FusionEncoder, TextDecoder, TextEncoder
+from fastpeft.models.mplug.stream import DecoderCache, LayerCache, Stream, join
+
+# What the decoder attends to: image and text after the fusion, or the image tower's rows as they are.
+ROUTES = ("fused", "image")
+_IGNORED = -100
+
+
+class MPlug(nn.Module):
+    """The model. Parameters are named as in the published state dicts, the image tower's as timm names them.
+
+    Args:
+        config: sizes.
+        visual_encoder: a timm VisionTransformer to be the image tower; CLIP's form by default.
+    """
+
+    def __init__(self, config: MPlugConfig, visual_encoder: nn.Module | None = None):
+        super().__init__()
+        self.config = config
+        self.visual_encoder = image_tower(config) if visual_encoder is None else visual_encoder
+        if self.visual_encoder.embed_dim != config.image_width:
+            raise FastPEFTError(
+                f"the image tower is {self.visual_encoder.embed_dim} wide, the configuration says image_width "
+                f"{config.image_width}"
+            )
+        if config.image_width != config.width:
+            self.visn_fc = nn.Linear(config.image_width, config.width)
+            self.visn_layer_norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+            self.visn_dropout = nn.Dropout(config.dropout)
+        self.text_encoder = TextEncoder(config)
+        self.fusion_encoder = FusionEncoder(config)
+        self.text_decoder = TextDecoder(config)
+        for part in (self.text_encoder, self.fusion_encoder, self.text_decoder):
+            part.apply(_initialise)
+        if config.image_width != config.width:
+            _initialise(self.visn_fc)
+
+    @classmethod
+    def from_config(cls, config: MPlugConfig) -> MPlug:
+        """A model with random weights."""
+        return cls(config)
+
+    # The stages.
+
+    def encode_image(self, images: Tensor) -> Stream:
+        """Images (B, 3, H, W) -> all tokens (B, Ni, D), the class token first."""
+        return self.project_image(self.visual_encoder.forward_features(images))
+
+    def project_image(self, tokens: Tensor) -> Stream:
+        """The image tower's tokens (B, Ni, image_width) in the width of everything else."""
+        if self.config.image_width != self.config.width:
+            tokens = self.visn_dropout(self.visn_layer_norm(self.visn_fc(tokens)))
+        return Stream(tokens)
+
+    def encode_text(self, ids: Tensor, mask: Tensor | None = None) -> Stream:
+        """Text (B, L), which of it is real (B, L) -> (B, L, D); longer where prompts stand before it."""
+        self._check_length(ids.shape[1])
+        text = self._enter("text", Stream(self.text_encoder.embeddings(ids), mask))
+        x = text.states
+        for number, layer in self.text_encoder.encoder.numbered():
+            x = self._call("text", number, layer, x, {"mask": text.mask})
+        return Stream(x, text.mask)
+
+    def fuse(self, text: Stream, image: Stream) -> tuple[Stream, Stream]:
+        """Both streams after the fusion, (image, text)."""
+        rows = image.states.shape[1]
+        for number, layer in self.fusion_encoder.encoder.numbered():
+            if not self.config.connected(number):
+                options = {"mask": text.mask, "memory": image.states, "memory_mask": image.mask}
+                text = Stream(self._call("fusion", number, layer, text.states, options), text.mask)
+                continue
+            both = join(image, text)
+            x = self._call("fusion", number, layer, both.states, {"mask": both.mask})
+            image = Stream(image.states + x[:, :rows], image.mask)
+            text = Stream(x[:, rows:], text.mask)
+        return image, text
+
+    def memory(self, image: Stream, ids: Tensor | None, mask: Tensor | None = None, route: str = "fused") -> Stream:
+        """What the decoder attends to.
+
+        Args:
+            image: from `encode_image`.
+            ids: question or prompt (B, L); not read by the route "image".
+            mask: bool (B, L), which of it is real; None for all.
+            route: "fused": [V; T] after the fusion. "image": V as it comes from the image tower.
+
+        Raises:
+            FastPEFTError: another route.
+        """
+        if route not in ROUTES:
+            raise FastPEFTError(f"route must be one of {', '.join(ROUTES)}, got {route!r}")
+        if route == "image":
+            return image
+        return join(*self.fuse(self.encode_text(ids, mask), image))
+
+    def hidden(
+        self, ids: Tensor, mask: Tensor | None, memory: Stream | None, cache: DecoderCache | None = None
+    ) -> Tensor:
+        """The decoder's states (B, M, D) of text (B, M); arguments as of `decode`."""
+        first = 0 if cache is None else cache.length
+        self._check_length(first + ids.shape[1])
+        memory_mask = None if memory is None else memory.mask
+        text = Stream(self.text_decoder.bert.embeddings(ids, first), mask)
+        if first == 0:
+            text = self._enter("decoder", text)
+        if cache is not None:
+            text, memory_mask = self._continue(text, memory, cache)
+        x = text.states
+        states = None if memory is None else memory.states
+        for number, layer in self.text_decoder.bert.encoder.numbered():
+            options = {
+                "mask": text.mask,
+                "causal": True,
+                "memory": states,
+                "memory_mask": memory_mask,
+                "cache": None if cache is None else cache.layers[number],
+            }
+            x = self._call("decoder", number, layer, x, options)
+        return x[:, x.shape[1] - ids.shape[1] :]
+
+    def decode(
+        self, ids: Tensor, mask: Tensor | None, memory: Stream | None, cache: DecoderCache | None = None
+    ) -> Tensor:
+        """Logits (B, M, vocabulary) of text (B, M).
+
+        Args:
+            ids: with a cache the new tokens only.
+            mask: bool (B, M), which of them are real; None for all.
+            memory: from `memory`; not needed again once a cache has seen it.
+            cache: keys and values of what was decoded before; grows.
+
+        Raises:
+            FastPEFTError: a text longer than the model has positions; no memory, and no cache that has one.
+        """
+        if memory is None and not (cache and cache.layers):
+            raise FastPEFTError("the decoder needs a memory, or a cache that has seen one")
+        return self.text_decoder.logits(self.hidden(ids, mask, memory, cache))
+
+    # Losses.
+
+    def caption_loss(self, ids: Tensor, memory: Stream, mask: Tensor | None = None) -> Tensor:
+        """The mean cross-entropy of all tokens but the first of every text.
+
+        Args:
+            ids: (B, M), filled up with the padding token behind the text.
+            memory: of B samples.
+            mask: bool (B, M), which tokens are text; None: all that are not the padding token.
+
+        Returns:
+            A scalar, fp32.
+        """
+        losses, real = self.token_losses(ids, memory, mask)
+        return losses.sum() / real.sum().clamp(min=1)
+
+    def vqa_loss(
+        self, ids: Tensor, weights: Tensor, counts: Tensor, memory: Stream, mask: Tensor | None = None
+    ) -> Tensor:
+        """The weighted sum of the answers' negative log-likelihoods, per question.
+
+            L = 1/B sum_a w_a sum_t -log p(a_t | a_<t, memory)
+
+        Args:
+            ids: answers (A, M), one question's after another's.
+            weights: (A,).
+            counts: int64 (B,), answers of each question.
+            memory: of B questions.
+            mask: as of `caption_loss`.
+
+        Returns:
+            A scalar, fp32.
+        """
+        losses, _ = self.token_losses(ids, memory.repeat(counts), mask)
+        return (losses.sum(1) * weights.to(losses.dtype)).sum() / len(counts)
+
+    def token_losses(self, ids: Tensor, memory: Stream, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """-log p of every token but the first, 0 where there is none, fp32 (B, M - 1), and bool (B, M - 1) where.
+
+        Text is filled up behind its end, so that causality keeps what is real from seeing what is not, and only the
+        states that predict a real token meet the vocabulary.
+        """
+        real = (ids != self.config.pad_id if mask is None else mask)[:, 1:]
+        states = self.hidden(ids[:, :-1], None, memory)
+        logits = self.text_decoder.logits(states[real])
+        losses = F.cross_entropy(logits.float(), ids[:, 1:][real], reduction="none")
+        return torch.zeros(real.shape, dtype=losses.dtype, device=losses.device).masked_scatter(real, losses), real
+
+    def forward(
+        self,
+        images: Tensor,
+        ids: Tensor,
+        mask: Tensor | None,
+        decoder_ids: Tensor,
+        decoder_mask: Tensor | None = None,
+        route: str = "fused",
+    ) -> Tensor:
+        """Logits (B, M, vocabulary) of decoder_ids (B, M) for images (B, 3, H, W) and text (B, L)."""
+        return self.decode(decoder_ids, decoder_mask, self.memory(self.encode_image(images), ids, mask, route))
+
+    # What an adopting engine does differently.
+
+    def _enter(self, stack: str, text: Stream) -> Stream:
+        """What enters a stack, "text" or "decoder"."""
+        return text
+
+    def _call(self, stack: str, number: int, layer: nn.Module, x: Tensor, options: dict) -> Tensor:
+        return layer(x, **options)
+
+    def _continue(self, text: Stream, memory: Stream | None, cache: DecoderCache) -> tuple[Stream, Tensor | None]:
+        """The text with the mask of everything that it sees, and the memory's mask; the cache learns of both."""
+        if not cache.layers:
+            cache.layers = [LayerCache() for _ in range(self.config.decoder_layers)]
+            cache.memory_mask = memory.mask
+        batch, rows = text.states.shape[:2]
+        seen = 0 if cache.layers[0].k is None else cache.layers[0].k.shape[2]
+        if text.mask is not None or cache.mask is not None:
+            parts = (cache.mask, seen), (text.mask, rows)
+            device = text.states.device
+            written = [
+                torch.ones(batch, count, dtype=torch.bool, device=device) if part is None else part
+                for part, count in parts
+            ]
+            cache.mask = torch.cat(written, 1)
+        cache.length += self._tokens(rows, cache.length)
+        return Stream(text.states, cache.mask), cache.memory_mask
+
+    def _tokens(self, rows: int, first: int) -> int:
+        """How many of the rows that enter the decoder are tokens."""
+        return rows
+
+    def _check_length(self, tokens: int) -> None:
+        if tokens > self.config.max_positions:
+            raise FastPEFTError(f"a text of {tokens} tokens is longer than the model's {self.config.max_positions}")
+
+
+def image_tower(config: MPlugConfig) -> nn.Module:
+    """CLIP's image tower: pre-norm, a LayerNorm before the blocks, quick GELU, no bias in the patches' projection."""
+    import_timm()
+    from timm.layers import QuickGELU
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        embed_dim=config.image_width,
+        depth=config.image_depth,
+        num_heads=config.image_heads,
+        num_classes=0,
+        global_pool="",
+        pre_norm=True,
+        norm_layer=partial(nn.LayerNorm, eps=1e-5),
+        act_layer=QuickGELU,
+        attn_drop_rate=config.attention_dropout,
+    )
+
+
+def _initialise(module: nn.Module) -> None:
+    """As BERT begins: normal with deviation 0.02, biases 0."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
