@@ -7,13 +7,14 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from fastpeft.engine.block import BlockRun, BlockState
+from fastpeft.engine.block import BlockState
 from fastpeft.engine.description import child
 from fastpeft.engine.extensions import FixedKeyValues, KeyValues, LowRanks, Prompts
 from fastpeft.engine.linear import is_plain
+from fastpeft.engine.post_norm import block_run
 from fastpeft.engine.view import BlockView
 from fastpeft.errors import MethodError
-from fastpeft.parameters import hosts, view_of
+from fastpeft.parameters import outermost, view_of
 from fastpeft.patch import record_of
 
 _log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def merge(model: nn.Module) -> nn.Module:
         raise MethodError("the model carries no method to merge; patch it with one first")
     if record.merged is not None:
         return model
-    (_, host), *_ = hosts(model)
+    ((_, host),) = outermost(model)
     blocks = view_of(host).blocks
     refused = [reason for block in blocks for reason in _refusals(block)]
     if refused:
@@ -82,7 +83,7 @@ def _merge_block(block: BlockView, errors: dict[str, float]) -> None:
             for role, pair in extension.roles.items():
                 place = block.spec.roles[role]
                 weight = child(module, place.path).weight[place.start : place.stop]
-                errors[f"{block.path}.{role}"] = fold(weight, pair.A, pair.B, pair.scale)
+                errors[f"{block.path}.{role}"] = fold(weight, *pair.factors(), pair.scale)
             delattr(module, name)
             state.extensions = tuple(n for n in state.extensions if n != name)
     for name in state.extensions:
@@ -98,7 +99,7 @@ def _keys_values(module: nn.Module, extension: Prompts | KeyValues) -> tuple[Ten
     training = extension.training
     rows = extension.train(False).rows(1, next(module.parameters()).dtype, None)
     extension.train(training)
-    k, v = BlockRun(module, None).prompt_keys_values(rows[0] if rows.dim() == 3 else rows)
+    k, v = block_run(module).prompt_keys_values(rows[0] if rows.dim() == 3 else rows)
     return k.transpose(0, 1).flatten(1).clone(), v.transpose(0, 1).flatten(1).clone()
 
 

@@ -17,6 +17,15 @@ def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield (f"{path}." if path else ""), module
 
 
+def outermost(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """As `hosts`, without those that are part of another one."""
+    found: list[tuple[str, nn.Module]] = []
+    for path, host in hosts(model):
+        if not any(path.startswith(outer) for outer, _ in found):
+            found.append((path, host))
+    return found
+
+
 def view_of(host: nn.Module) -> ModelView:
     """A patched transformer as methods see it."""
     return ModelView(host, host.fastpeft_host.spec)

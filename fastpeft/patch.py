@@ -19,7 +19,7 @@ from fastpeft.methods.base import Method
 from fastpeft.models.families import find_hosts
 from fastpeft.models.wrappers import register_all
 from fastpeft.ops.choose import asked
-from fastpeft.parameters import hosts, view_of
+from fastpeft.parameters import hosts, outermost, view_of
 
 
 @dataclass
@@ -163,7 +163,7 @@ def _add_method(model: nn.Module, record: PatchRecord, method: Method, train_hea
             f"the model already carries {_name(record.method)}; to train several methods together patch a plain model "
             f"with their sum, such as {_name(record.method)} + {_name(method)}"
         )
-    targets = list(hosts(model))
+    targets = outermost(model)
     if len(targets) != 1:
         raise MethodError(
             f"a method goes to one transformer, but the model has {len(targets)}"
@@ -180,7 +180,7 @@ def _add_method(model: nn.Module, record: PatchRecord, method: Method, train_hea
         model.requires_grad_(False)
         for head in view.heads() if train_head else ():
             head.requires_grad_(True)
-        method.attach(view)
+        method.enter(view)
         view.settle()
     except BaseException:
         _strip(host)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 ROLES = ("q", "k", "v", "o", "fc1", "fc2")
+# The same four of a block that also attends to a memory.
+CROSS_ROLES = {"q": "cross_q", "k": "cross_k", "v": "cross_v", "o": "cross_o"}
 
 
 @dataclass(frozen=True)
@@ -32,20 +34,27 @@ class Projection:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """A pre-LayerNorm transformer block by roles.
+    """A transformer block by roles: with LayerNorm before its branches,
 
         x = x + drop_path1(scale1(attn(norm1(x))))
         x = x + drop_path2(scale2(mlp(norm2(x))))
+
+    or, with `post_norm`, behind its sums,
+
+        x = norm1(x + proj_drop(attn(x)))
+        x = cross_norm(x + cross_proj_drop(attn(x, memory)))        with `cross`
+        x = norm2(x + drop2(mlp(x)))
 
     Every path names a child module of the block. A role that the engine cannot reach (the linear layers inside a gated
     MLP, say) is missing from `roles`; its container is then called as a module.
 
     Attributes:
-        roles: role -> projection. Besides the six of `ROLES` there may be "qkv", the fused projection as a whole.
+        roles: role -> projection. Besides the six of `ROLES` there may be "qkv", the fused projection as a whole, and
+            with `cross` there are the four of `CROSS_ROLES`.
         fused_qkv: q, k and v are slices of one linear layer, in this order.
         inner: further modules the engine calls one by one, by role: "norm1", "norm2", "q_norm", "k_norm", "attn_drop",
             "attn_norm", "proj_drop", "scale1", "scale2", "drop_path1", "drop_path2", "act", "drop1", "mlp_norm",
-            "drop2".
+            "drop2", and with `cross` "cross_drop", "cross_norm" and "cross_proj_drop".
         attn: path of the attention container.
         mlp: path of the MLP container.
         inner_linears: of an MLP that is called as a module, but is known to treat every row by itself: the paths of its
@@ -53,7 +62,13 @@ class BlockSpec:
         layer_norms: of `inner`, the roles that are a LayerNorm over the last dimension with `weight`, `bias` and `eps`,
             and nothing else.
         layer_scales: of `inner`, the roles that multiply by their parameter `gamma`, (d,), and nothing else.
-        activation: name of `inner["act"]` in `fastpeft.ops.activation.FUNCTIONS`, or None if it has none.
+        activation: name of `inner["act"]`, or of what a post-norm block applies, in
+            `fastpeft.ops.activation.FUNCTIONS`; None if it has none.
+        post_norm: LayerNorm stands behind the sums.
+        cross: path of the container of attention to a memory; "" if there is none.
+        containers: of a post-norm block, the modules whose forward spans several steps: "attn_out", "cross_out",
+            "hidden", "ffn_out" -> path.
+        stack: of a model with several stacks of blocks, the one that it belongs to.
     """
 
     dim: int
@@ -69,6 +84,10 @@ class BlockSpec:
     layer_norms: tuple[str, ...] = ()
     layer_scales: tuple[str, ...] = ()
     activation: str | None = None
+    post_norm: bool = False
+    cross: str = ""
+    containers: dict[str, str] = field(default_factory=dict)
+    stack: str = ""
 
     @property
     def opaque_mlp(self) -> bool:
@@ -93,6 +112,9 @@ class HostSpec:
         patch_area: pixels times channels of a patch, for the prompts' initial range.
         known_readout: what comes after the blocks is the family's own, so that its read-out rows are known.
         left_alone: (path, reason) of what the engine will not run.
+        inputs: of a model with several stacks, those whose input learned rows may be put before -> path of the block
+            that they then belong to.
+        classifiers: parameters of an output layer that is not one of `heads`, by what is to be trained of it.
     """
 
     family: str
@@ -105,6 +127,13 @@ class HostSpec:
     known_readout: bool = True
     read_tokens: tuple[str, ...] = ()
     left_alone: list[tuple[str, str]] = field(default_factory=list)
+    inputs: dict[str, str] = field(default_factory=dict)
+    classifiers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """Names of the stacks that the blocks belong to, in order."""
+        return tuple(dict.fromkeys(block.stack for _, block in self.blocks))
 
 
 def child(module: nn.Module, path: str) -> nn.Module:

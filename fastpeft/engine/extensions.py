@@ -111,6 +111,26 @@ class PromptBank(Prompts):
         return self.prompts.to(dtype).expand(-1, self.length, -1)
 
 
+class InputPrompts(Extension):
+    """Learned rows before the input of a stack of blocks; its first block holds them, the host inserts them.
+
+    Attributes:
+        prompts: (p, d).
+    """
+
+    def __init__(self, prompts: nn.Parameter):
+        super().__init__()
+        self.prompts = prompts
+
+    @property
+    def length(self) -> int:
+        return self.prompts.shape[0]
+
+    def rows(self, batch: int, dtype: torch.dtype, noise: Noise | None) -> Tensor:
+        """(p, d)."""
+        return self.prompts.to(dtype)
+
+
 class KeyValues(Extension):
     """Learned keys and values that every query of the block sees."""
 
@@ -150,6 +170,47 @@ class LowRank(nn.Module):
     def extra_repr(self) -> str:
         return f"rank={self.A.shape[0]}, scale={self.scale}, dropout={self.dropout}"
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) as the layer's columns need them."""
+        return self.A, self.B
+
+
+class SharedLowRank(LowRank):
+    """Factors that all heads share: every head's columns get the same product.
+
+    Attributes:
+        A: (r, in).
+        B: (head_dim, r).
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, scale: float, dropout: float, heads: int):
+        super().__init__(in_features, out_features // heads, rank, scale, dropout)
+        self.heads = heads
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.A, self.B.repeat(self.heads, 1)
+
+
+class HeadLowRank(LowRank):
+    """Factors of every head's own.
+
+    Attributes:
+        A: (heads * r, in), one head's behind another's.
+        B: (heads * head_dim, r), likewise.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, scale: float, dropout: float, heads: int):
+        super().__init__(in_features, out_features, rank, scale, dropout)
+        self.A = nn.Parameter(torch.empty(heads * rank, in_features))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.heads = heads
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        rank = self.B.shape[1]
+        blocks = torch.eye(self.heads, dtype=self.B.dtype, device=self.B.device)[:, None, :, None]
+        spread = self.B.view(self.heads, -1, 1, rank) * blocks
+        return self.A, spread.reshape(self.B.shape[0], self.heads * rank)
+
 
 class LowRanks(Extension):
     """Low-rank terms by role; each role is a child module."""
@@ -173,7 +234,7 @@ class LowRanks(Extension):
         if pair is None:
             return None
         drop = self._drop(pair, role, noise) if self.training and pair.dropout > 0 else None
-        return LowRankTerm(pair.A, pair.B, pair.scale, start, stop, drop)
+        return LowRankTerm(*pair.factors(), pair.scale, start, stop, drop)
 
     def _drop(self, pair: LowRank, role: str, noise: Noise) -> Callable[[Tensor], Tensor]:
         site = self.site + 1 + list(self.roles).index(role)

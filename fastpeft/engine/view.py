@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -54,9 +55,10 @@ class BlockView:
         return next(iter(self.module.parameters())).device
 
     def norms(self) -> Iterator[nn.Module]:
-        """The block's two LayerNorms."""
-        for role in ("norm1", "norm2"):
-            yield child(self.module, self.spec.inner[role])
+        """The block's LayerNorms."""
+        for role in ("norm1", "cross_norm", "norm2"):
+            if role in self.spec.inner:
+                yield child(self.module, self.spec.inner[role])
 
 
 class ModelView:
@@ -74,6 +76,32 @@ class ModelView:
         self.spec = spec
         self.blocks = [BlockView(i, path, host.get_submodule(path), b) for i, (path, b) in enumerate(spec.blocks)]
         self.carried = [0] * len(self.blocks)
+
+    def of(self, stacks: tuple[str, ...] | None) -> ModelView:
+        """The same model with the blocks of these stacks only; of all for None.
+
+        Raises:
+            MethodError: a stack that the model does not have.
+        """
+        if stacks is None:
+            return self
+        known = self.spec.stacks
+        for stack in stacks:
+            if stack not in known or not stack:
+                listed = f"it has: {', '.join(known)}" if any(known) else "its blocks are one stack without a name"
+                raise MethodError(f"{self.spec.family} has no stack {stack!r}; {listed}")
+        part = copy.copy(self)
+        part.blocks = [block for block in self.blocks if block.spec.stack in stacks]
+        return part
+
+    def inputs(self) -> list[BlockView]:
+        """The blocks that hold what stands before the input of their stack."""
+        places = set(self.spec.inputs.values())
+        return [block for block in self.blocks if block.path in places]
+
+    def classifier(self, part: str) -> list[nn.Parameter]:
+        """Parameters of the output layer, by what is to be trained of it; none if the model does not know that."""
+        return [self.host.get_parameter(name) for name in self.spec.classifiers.get(part, ())]
 
     @property
     def dim(self) -> int:
@@ -119,7 +147,15 @@ class ModelView:
         """Declare that `length` prompt rows inserted in block `first` (from 0) are ordinary rows up to block `last`.
 
         They leave every block of the range but the last one, where nobody reads their output.
+
+        Raises:
+            MethodError: the model has several stacks of blocks, from one of which to the next no row is carried.
         """
+        if last > first and self.spec.inputs:
+            raise MethodError(
+                f"{self.spec.family} cannot carry prompts from block to block; fastpeft.PromptTuning puts them before "
+                "the input of its stacks"
+            )
         for index in range(first, last):
             self.carried[index] += length
 

@@ -8,10 +8,13 @@ from typing import ClassVar
 from torch import nn
 
 from fastpeft.engine.extensions import Adapters, Bottleneck, SingleAdapter
-from fastpeft.engine.view import ModelView
+from fastpeft.engine.view import BlockView, ModelView
+from fastpeft.errors import MethodError
 from fastpeft.methods.base import Method, check, is_count, is_number, names
 
 _LOCATIONS = ("attn", "ffn")
+# Attention to a memory, which the study leaves open and blocks may not have.
+_CROSS = "cross"
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,17 @@ def _check_adapter(method: SerialAdapter | ParallelAdapter) -> None:
     object.__setattr__(method, "locations", names(method.locations))
     check(is_count(method.hidden), f"{kind}: hidden must be a positive integer, got {method.hidden!r}")
     check(
-        bool(method.locations) and all(at in _LOCATIONS for at in method.locations),
-        f"{kind}: locations must be among {', '.join(_LOCATIONS)}, got {method.locations!r}",
+        bool(method.locations) and all(at in (*_LOCATIONS, _CROSS) for at in method.locations),
+        f"{kind}: locations must be among {', '.join((*_LOCATIONS, _CROSS))}, got {method.locations!r}",
     )
     check(isinstance(method.bias, bool), f"{kind}: bias must be True or False, got {method.bias!r}")
+
+
+def _locations(method: SerialAdapter | ParallelAdapter, model: ModelView, block: BlockView) -> list[str]:
+    """Those of the method's locations that the block has."""
+    if _CROSS in method.locations and not any(other.spec.cross for other in model.blocks):
+        raise MethodError(f"{type(method).__name__}: no block attends to a memory, as the location {_CROSS!r} needs")
+    return [at for at in method.locations if at != _CROSS or block.spec.cross]
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ class SerialAdapter(Method):
     Attributes:
         hidden: bottleneck width.
         bias: biases in both layers; the study's equation has none.
-        locations: "attn", "ffn" or both.
+        locations: "attn", "ffn" or both, and "cross" for attention to a memory, in blocks that have it.
     """
 
     name: ClassVar[str] = "serial_adapter"
@@ -76,7 +86,10 @@ class SerialAdapter(Method):
 
     def attach(self, model: ModelView) -> None:
         for block in model.blocks:
-            made = {at: Bottleneck(block.dim, self.hidden, "relu", self.bias, skip=True) for at in self.locations}
+            made = {
+                at: Bottleneck(block.dim, self.hidden, "relu", self.bias, skip=True)
+                for at in _locations(self, model, block)
+            }
             block.attach(self.name, Adapters("serial", made))
 
 
@@ -93,7 +106,7 @@ class ParallelAdapter(Method):
         bias: biases in both layers.
         skip: the adapter's own "+ x" that the study's equation writes. The model then does not start as the identity.
         scale: factor of the adapter.
-        locations: "attn", "ffn" or both.
+        locations: "attn", "ffn" or both, and "cross" for attention to a memory, in blocks that have it.
     """
 
     name: ClassVar[str] = "parallel_adapter"
@@ -112,6 +125,6 @@ class ParallelAdapter(Method):
         for block in model.blocks:
             made = {
                 at: Bottleneck(block.dim, self.hidden, "relu", self.bias, self.skip, self.scale)
-                for at in self.locations
+                for at in _locations(self, model, block)
             }
             block.attach(self.name, Adapters("parallel", made))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -27,10 +27,13 @@ class Method:
         name: as in configs, in saved adapters and in the names of the method's tensors.
         backbone_dropout: train with the backbone's own dropout and stochastic depth. Off for everything but full
             fine-tuning, as in the VPT paper's protocol.
+        stacks: of a model with several stacks of blocks (mPLUG's "text", "fusion" and "decoder"), those that the method
+            acts on; None for all.
     """
 
     name: ClassVar[str] = ""
     backbone_dropout: ClassVar[bool] = False
+    stacks: tuple[str, ...] | None = field(default=None, kw_only=True)
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -44,6 +47,11 @@ class Method:
             MethodError: the method does not fit the model.
         """
         raise MethodError(f"{type(self).__name__} does not define attach()")
+
+    def enter(self, model: ModelView) -> None:
+        """`attach` to the stacks that the method is for."""
+        stacks = None if self.stacks is None else names(self.stacks)
+        self.attach(model.of(stacks))
 
     def parts(self) -> tuple[Method, ...]:
         """The methods of a sum; a method alone is its own only part."""
@@ -60,6 +68,8 @@ class Method:
         Tensors (a prompt's initial value) are named by shape only: a saved adapter holds the trained values.
         """
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if fields["stacks"] is None:
+            del fields["stacks"]
         return {"name": self.name, **{key: _plain(value) for key, value in fields.items()}}
 
 
@@ -84,7 +94,7 @@ class Methods(Method):
 
     def attach(self, model: ModelView) -> None:
         for method in self.methods:
-            method.attach(model)
+            method.enter(model)
 
     def to_dict(self) -> list[dict[str, Any]]:
         return [method.to_dict() for method in self.methods]

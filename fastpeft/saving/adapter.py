@@ -50,7 +50,7 @@ def save(model: nn.Module, folder: str | os.PathLike, **metadata: Any) -> None:
     taken = sorted(set(metadata) & ({"fastpeft", "weights_sha256"} | peft_format.KEYS))
     if taken:
         raise FastPEFTError(f"metadata must not use the names {', '.join(taken)}")
-    if peft_format.fits(record.method):
+    if peft_format.fits(record.method, model):
         extra, tensors = peft_format.to_peft(model, record.method, tensors)
         config |= extra
     files.write(folder, {**metadata, **config}, tensors)
@@ -88,7 +88,7 @@ def load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
         if absent:
             raise FastPEFTError(f"{folder}: {files.CONFIG} lacks fastpeft.{', fastpeft.'.join(absent)}")
         method, train_head, expected = from_dict(own["method"]), bool(own["train_head"]), own["base_fingerprint"]
-        if peft_format.fits(method):
+        if peft_format.fits(method, model):
             tensors = peft_format.to_own_names(tensors, method, model)
     _check_shapes(model, tensors, folder)
     if expected is not None:

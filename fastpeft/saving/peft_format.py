@@ -38,9 +38,10 @@ _READ = KEYS | frozenset(
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-def fits(method: Method) -> bool:
-    """Whether the method is one that peft has: LoRA alone."""
-    return isinstance(method, LoRA)
+def fits(method: Method, model: nn.Module) -> bool:
+    """Whether the method is one that peft has, LoRA alone with a pair for every target, in one stack of blocks."""
+    plain = isinstance(method, LoRA) and method.heads == "joint" and method.stacks is None
+    return plain and len(find_hosts(model)) == 1
 
 
 def _host(model: nn.Module) -> tuple[str, HostSpec]:

@@ -25,11 +25,13 @@ class Family(ABC):
             somebody else has imported it.
         host: mixin for the transformer, with its forward functions.
         block: mixin for its blocks.
+        nested: children that may hold transformers of other families.
     """
 
     requires: str
     host: type[Adopted]
     block: type[Adopted]
+    nested: tuple[str, ...] = ()
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
@@ -56,17 +58,27 @@ def families() -> list[Family]:
 
 
 def find_hosts(model: nn.Module) -> list[tuple[str, nn.Module, Family]]:
-    """Transformers inside a model, outermost first: (path, module, family)."""
+    """Transformers inside a model, outermost first: (path, module, family).
+
+    What a family speaks for itself is not looked into."""
     known = families()
     found: list[tuple[str, nn.Module, Family]] = []
     for path, module in model.named_modules():
-        if any(path == outer or path.startswith(outer + ".") or outer == "" for outer, _, _ in found):
+        if any(_claims(outer, family, path) for outer, _, family in found):
             continue
         for family in known:
             if family.matches(module):
                 found.append((path, module, family))
                 break
     return found
+
+
+def _claims(outer: str, family: Family, path: str) -> bool:
+    """Whether a host's family speaks for the module of this path."""
+    prefix = f"{outer}." if outer else ""
+    if path == outer or not path.startswith(prefix):
+        return path == outer
+    return path.removeprefix(prefix).split(".")[0] not in family.nested
 
 
 __all__ = ["Family", "UnsupportedModelError", "families", "find_hosts"]
