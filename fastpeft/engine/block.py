@@ -244,7 +244,7 @@ class BlockRun:
         module = None if path is None else child(self.block, path)
         if module is None or isinstance(module, nn.Identity):
             return True
-        resting = role.startswith("drop") and not module.training
+        resting = "drop" in role and not module.training
         return resting or (isinstance(module, nn.Dropout) and module.p == 0)
 
     def _attention(self, h: Tensor, own: Tensor | None, out: int, mask: Tensor | None, causal: bool) -> Tensor:

@@ -47,9 +47,9 @@ def attention_branch(
     if run.attn_drop or not _folds(run, "1", ("q_norm", "k_norm", "attn_norm", "proj_drop")):
         return None
     norm = child(run.block, spec.inner["norm1"])
-    qkv = _layers(run, ("qkv",) if spec.fused_qkv else ("q", "k", "v"), norm)
-    out = _layers(run, ("o",))
-    if qkv is None or out is None or not _pays(x, qkv, out):
+    qkv = layers_of(run, ("qkv",) if spec.fused_qkv else ("q", "k", "v"), norm)
+    out = layers_of(run, ("o",))
+    if qkv is None or out is None or not pays(x, qkv, out):
         return None
     inner = spec.num_heads * spec.head_dim
     widths = (x.shape[-1], inner, out.weights[0].shape[0])
@@ -62,9 +62,9 @@ def attention_branch(
     if many and not (qkv.terms or qkv.trained or extra(None)):
         rows = own
     keys_values = join([] if rows is not None else extra(own), x.shape[0])
-    inside = _Inside(run, "attn", bool(qkv.terms or out.terms or qkv.norm_trained))
+    inside = Inside(run, "attn", bool(qkv.terms or out.terms or qkv.norm_trained))
     with suspended(x.device):
-        pack = _packer(run, module)
+        pack = packer(run, module)
         plan = module.Attention(
             pack("qkv", qkv, None),
             pack("o", out, _gamma(run, "1")),
@@ -90,9 +90,9 @@ def mlp_branch(run: BlockRun, x: Tensor) -> Tensor | None:
         return None
     module, fc1, fc2, norm = found
     spec = run.spec
-    inside = _Inside(run, "ffn", bool(fc1.terms or fc2.terms or fc1.norm_trained))
+    inside = Inside(run, "ffn", bool(fc1.terms or fc2.terms or fc1.norm_trained))
     with suspended(x.device):
-        pack = _packer(run, module)
+        pack = packer(run, module)
         plan = module.Mlp(
             pack("fc1", fc1, None),
             pack("fc2", fc2, _gamma(run, "2")),
@@ -114,20 +114,20 @@ def mlp_is_whole(run: BlockRun, x: Tensor) -> bool:
     return _mlp_layers(run, x) is not None
 
 
-def _mlp_layers(run: BlockRun, x: Tensor) -> tuple[ModuleType, _Layers, _Layers, nn.Module] | None:
+def _mlp_layers(run: BlockRun, x: Tensor) -> tuple[ModuleType, Layers, Layers, nn.Module] | None:
     spec = run.spec
     if spec.opaque_mlp or spec.activation is None or not _folds(run, "2", ("drop1", "mlp_norm", "drop2")):
         return None
     norm = child(run.block, spec.inner["norm2"])
-    fc1, fc2 = _layers(run, ("fc1",), norm), _layers(run, ("fc2",))
-    if fc1 is None or fc2 is None or not _pays(x, fc1, fc2):
+    fc1, fc2 = layers_of(run, ("fc1",), norm), layers_of(run, ("fc2",))
+    if fc1 is None or fc2 is None or not pays(x, fc1, fc2):
         return None
     widths = (x.shape[-1], fc1.weights[0].shape[0], fc2.weights[0].shape[0])
     module = choose("block", run.backends["block"], x.device, lambda module: module.reasons(x, widths, None))
     return None if module is None else (module, fc1, fc2, norm)
 
 
-class _Inside:
+class Inside:
     """Which adapter of a location runs within its branch.
 
     Attributes:
@@ -155,7 +155,7 @@ class _Inside:
         return [down.weight, down.bias, up.weight, up.bias]
 
 
-class _Layers:
+class Layers:
     """Linear layers side by side behind a LayerNorm, if there is one, with the terms beside them.
 
     Attributes:
@@ -190,7 +190,7 @@ class _Layers:
         return tuple(module.Place(term.start, term.stop, term.scale) for term in self.terms)
 
 
-def _layers(run: BlockRun, roles: tuple[str, ...], norm: nn.Module | None = None) -> _Layers | None:
+def layers_of(run: BlockRun, roles: tuple[str, ...], norm: nn.Module | None = None) -> Layers | None:
     """The layers of these roles, if they are plain and what is beside them is nothing but factors."""
     layers, terms, start = [], [], 0
     for role in roles:
@@ -208,7 +208,7 @@ def _layers(run: BlockRun, roles: tuple[str, ...], norm: nn.Module | None = None
         return None
     if len({layer.bias is None for layer in layers}) > 1:
         return None
-    found = _Layers(layers, norm, terms)
+    found = Layers(layers, norm, terms)
     # The gradient of a LayerNorm that factors read through as well is the composition's.
     return None if terms and found.norm_trained else found
 
@@ -225,7 +225,7 @@ def _plain(t: Tensor | None) -> bool:
     return t is None or (type(t) is nn.Parameter and t.numel() > 0 and not hasattr(t, "ds_id"))
 
 
-def _pays(x: Tensor, *layers: _Layers) -> bool:
+def pays(x: Tensor, *layers: Layers) -> bool:
     """Whether there are rows enough for weights that are packed for this step alone."""
     return x.shape[0] * x.shape[1] >= _MANY or not any(_trained(w) for each in layers for w in each.weights)
 
@@ -252,12 +252,12 @@ def _gamma(run: BlockRun, index: str) -> Tensor | None:
     return child(run.block, run.spec.inner[scale]).gamma if scale in run.spec.layer_scales else None
 
 
-def _packer(run: BlockRun, module: ModuleType):
+def packer(run: BlockRun, module: ModuleType):
     """Packs layers by name, in the block's own store."""
     if run.state.packs is None:
         run.state.packs = module.Packs()
 
-    def pack(name: str, layers: _Layers, gamma: Tensor | None):
+    def pack(name: str, layers: Layers, gamma: Tensor | None):
         affine = tuple(layers.affine) or (None, None)
         return run.state.packs.layer(name, layers.weights, layers.biases, affine, gamma)
 

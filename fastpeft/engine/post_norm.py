@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from fastpeft.engine import packed
 from fastpeft.engine.block import BlockRun
 from fastpeft.engine.branches import join
 from fastpeft.engine.description import child
@@ -103,7 +104,7 @@ class PostNormRun(BlockRun):
             extra = [(k[..., count:, :], v[..., count:, :])]
             q, k, v = (t[..., :count, :] for t in (q, k, v))
         else:
-            q, k, v = (self._heads(t) for t in self._qkv(x, 0, 3))
+            q, k, v = (self._heads(t) for t in packed.rows(self, ("q", "k", "v"), x) or self._qkv(x, 0, 3))
             extra = [] if own is None else [self._prompt_keys_values(own)]
         for extension in self.extensions:
             if isinstance(extension, KeyValues):
@@ -115,10 +116,15 @@ class PostNormRun(BlockRun):
         return self._attend(q, k, v, join(extra, x.shape[0]), seen, square, self.attn_drop)
 
     def _cross_attention(self, x: Tensor, memory: Tensor, mask: Tensor | None, cache: KeyCache | None) -> Tensor:
-        q = self._heads(self._linear("cross_q", x))
-        k, v = _of_memory(cache, lambda: [self._heads(self._linear(role, memory)) for role in ("cross_k", "cross_v")])
+        (q,) = packed.rows(self, ("cross_q",), x) or [self._linear("cross_q", x)]
+        k, v = _of_memory(cache, lambda: self._memory_keys_values(memory))
         drop = child(self.block, self.spec.inner["cross_drop"])
-        return self._attend(q, k, v, (None, None), visible(mask), False, drop.p if drop.training else 0.0)
+        return self._attend(self._heads(q), k, v, (None, None), visible(mask), False, drop.p if drop.training else 0.0)
+
+    def _memory_keys_values(self, memory: Tensor) -> list[Tensor]:
+        roles = ("cross_k", "cross_v")
+        found = packed.rows(self, roles, memory) or [self._linear(role, memory) for role in roles]
+        return [self._heads(t) for t in found]
 
     def _attend(self, q, k, v, prompts, seen: Tensor | None, causal: bool, dropout: float) -> Tensor:
         options = {"dropout": dropout, "backend": self.backends["prompt_attention"]}
@@ -138,6 +144,9 @@ class PostNormRun(BlockRun):
         """LN(x + drop(W y)), with the adapters of the location, under the container's hooks."""
 
         def function(y: Tensor, x: Tensor) -> Tensor:
+            total = packed.behind(self, role, location, y, x) if self.idle(drop) else None
+            if total is not None:
+                return self._norm(norm, total)
             branch = self._adapt(location, self._linear(role, y), x)
             return self._sum_and_norm(norm, x, self._inner(drop, branch))
 
@@ -150,6 +159,9 @@ class PostNormRun(BlockRun):
         return add_layer_norm(x, branch, None, norm.weight, norm.bias, norm.eps, self.backends["layer_norm"])[1]
 
     def _feed_forward(self, x: Tensor) -> Tensor:
+        total = packed.feed_forward(self, x) if self.idle("drop2") else None
+        if total is not None:
+            return self._norm("norm2", total)
         weights = self._frozen_mlp()
         if weights is not None:
             branch = mlp(x, *weights, self.spec.activation, self._keep(x), self.backends["mlp"])

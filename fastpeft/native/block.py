@@ -9,11 +9,25 @@ from fastpeft import _native
 from fastpeft.native.blocked import BLOCK
 from fastpeft.native.bottleneck import Adapter
 from fastpeft.native.branches import Attention, Mlp, attention_branch, mlp_branch
+from fastpeft.native.linear import Linear, bottleneck, linear
 from fastpeft.native.low_rank import Place
 from fastpeft.native.packs import Packs
 from fastpeft.native.trained import Trained
 
-__all__ = ["Adapter", "Attention", "Mlp", "Packs", "Place", "Trained", "attention_branch", "mlp_branch", "reasons"]
+__all__ = [
+    "Adapter",
+    "Attention",
+    "Linear",
+    "Mlp",
+    "Packs",
+    "Place",
+    "Trained",
+    "attention_branch",
+    "bottleneck",
+    "linear",
+    "mlp_branch",
+    "reasons",
+]
 
 # Heads begin within a block of 32 columns at a half of it at the earliest.
 _HEAD_STEP = 16

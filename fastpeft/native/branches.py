@@ -61,13 +61,13 @@ class Attention:
 
 @dataclass(frozen=True)
 class Mlp:
-    """A block's MLP branch; attributes as of `Attention`."""
+    """A block's MLP branch; attributes as of `Attention`, but that `epsilon` is None where no LayerNorm precedes it."""
 
     fc1: Layer | Live
     fc2: Layer | Live
     places: tuple[tuple[Place, ...], tuple[Place, ...]]
     activation: str
-    epsilon: float
+    epsilon: float | None
     residual: bool
     balanced: bool
     adapter: Adapter | None = None
@@ -440,18 +440,24 @@ class _MlpBranch(torch.autograd.Function):
         rows, hidden = flat.shape[0], plan.fc1.weight.shape[0]
         *lows, bottleneck = _beside(plan, (plan.fc1, plan.fc2), _parts(plan, factors))
         needed, needs = any(ctx.needs_input_grad), _parts(plan, ctx.needs_input_grad[2:])
-        statistics = torch.empty(2, rows)
+        normed = plan.epsilon is not None
+        statistics = torch.empty(2, rows) if normed else None
         kept = None
         if ctx.needs_input_grad[0] or (lows[0] is not None and needed) or any(needs.trained[0]):
             kept = blocked.empty(rows, hidden, torch.uint8 if plan.balanced else torch.bfloat16)
         a = blocked.empty(rows, hidden)
         beside, options = _first(bottleneck, rows, needed)
-        options |= {"statistics": statistics, "epsilon": plan.epsilon, "activation": plan.activation, "kept": kept}
+        options |= {"statistics": statistics, "epsilon": plan.epsilon or 0.0}
+        options |= {"activation": plan.activation, "kept": kept}
         u1 = low_rank.forward(plan.fc1, lows[0], flat, a, rows, **options)
         y, u2, beside = _last(plan, plan.fc2, lows[1], bottleneck, a, flat, needed, beside)
         if needed:
             given = a if lows[1] is not None or _weights(plan.trained[1], needs.trained[1]) else None
-            ctx.save_for_backward(flat, statistics, kept, given, u1, u2, *beside, *factors)
+            # Without a LayerNorm only factors and weights look at x again.
+            parallel = bottleneck is not None and not bottleneck.serial
+            reads = normed or lows[0] is not None or parallel or plan.trained[0] is not None
+            read = flat if reads else None
+            ctx.save_for_backward(read, statistics, kept, given, u1, u2, *beside, *factors)
             ctx.plan, ctx.shape = plan, x.shape
         return y.view(*x.shape[:-1], -1)
 
@@ -461,7 +467,7 @@ class _MlpBranch(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         x, statistics, kept, a, u1, u2, *rest = ctx.saved_tensors
         beside, factors = _Kept(*rest[:3]), rest[3:]
-        plan, rows = ctx.plan, x.shape[0]
+        plan, rows = ctx.plan, ctx.shape[:-1].numel()
         needs_x, _, *needs_factors = ctx.needs_input_grad
         needs, tensors = _parts(plan, needs_factors), _parts(plan, factors)
         *lows, bottleneck = _beside(plan, (plan.fc1, plan.fc2), tensors)
@@ -479,12 +485,19 @@ class _MlpBranch(torch.autograd.Function):
         dx, dfirst, first = None, [], [None] * len(tensors.trained[0])
         if before:
             normed = needs_x or (plan.fc1.norm_trained and any(needs.trained[0][-2:]))
-            dxhat = blocked.empty(rows, x.shape[1]) if normed else None
+            dxhat = None
+            if plan.epsilon is None and needs_x:
+                dxhat = pool.empty(rows, ctx.shape[-1], dtype=torch.bfloat16)
+                riding["other"] = flat if plan.residual else None
+            elif normed:
+                dxhat = blocked.empty(rows, ctx.shape[-1])
             du = low_rank.backward(plan.fc1, lows[0], dz, dxhat, rows, **riding)
             if du is not None:
                 dfirst = lows[0].gradients(x, u1, dz, du, rows, statistics, needs.pairs[0])
             dnorm = None
-            if normed:
+            if plan.epsilon is None:
+                dx = None if dxhat is None else dxhat.view(ctx.shape)
+            elif normed:
                 dx, dnorm = _norm_backward(plan.fc1, dxhat, x, statistics, flat if plan.residual else None, needs_x)
                 dx = None if dx is None else dx.view(ctx.shape)
             first = _own_gradients(plan, 0, plan.fc1, tensors, needs, dz, x, rows, statistics, dnorm)
