@@ -3,6 +3,7 @@
     rows:          a W'^T + low-rank terms                    of several layers that read the same rows
     behind:        x + [A] (a W'^T + low-rank terms)          an output projection with its residual sum
     feed_forward:  x + [A] W_2 act(W_1 x)
+    attend_to_memory:  attention whose keys and values are never there
 
 Each gives None where the block has to compose it, and has computed nothing then.
 """
@@ -19,6 +20,7 @@ from fastpeft.engine.branches import Inside, Layers, layers_of, packer
 from fastpeft.engine.extensions import Bottleneck
 from fastpeft.ops.autocast import suspended
 from fastpeft.ops.choose import choose, is_reference
+from fastpeft.ops.memory_attention import memory_attention, pays
 
 if TYPE_CHECKING:
     from fastpeft.engine.block import BlockRun
@@ -76,6 +78,27 @@ def feed_forward(run: BlockRun, x: Tensor) -> Tensor | None:
         )
         y = module.mlp_branch(x, plan, [*fc1.factors, *fc2.factors, *inside.factors])
         return y if inside.all else _beside(module, adapter[1], x, y)
+
+
+def attend_to_memory(
+    run: BlockRun, q: Tensor, memory: Tensor, attn_mask: Tensor | None, lengths: Tensor | None
+) -> Tensor | None:
+    """What cross-attention gives for queries (B, H, M, D) of a memory (B, N, d), (B, M, H D), if they are few.
+
+    Only where the chosen backend runs the products and sees the lengths: heads as wide as the memory are for it.
+    """
+    spec, backend = run.spec, run.backends["prompt_attention"]
+    needs = [torch.is_grad_enabled() and t.requires_grad for t in (memory, q)]
+    if attn_mask is not None or not pays(q.shape[2], spec.num_heads, memory.shape[-1], *needs):
+        return None
+    keys, values = _serve(run, ("cross_k",), memory), _serve(run, ("cross_v",), memory)
+    if keys is None or values is None or is_reference("prompt_attention", backend, memory.device):
+        return None
+    k, v = keys[1], values[1]
+    scale = spec.scale
+    return memory_attention(
+        q, memory, k.weights[0], v.weights[0], v.biases[0], k.terms, v.terms, scale, None, lengths, backend
+    )
 
 
 def _serve(run: BlockRun, roles: tuple[str, ...], x: Tensor) -> tuple[ModuleType, Layers] | None:

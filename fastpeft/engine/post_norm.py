@@ -112,22 +112,32 @@ class PostNormRun(BlockRun):
         if cache is not None:
             k, v = cache.extend(k, v)
         square = causal and mask is None and k.shape[2] == count
-        seen = None if square else visible(mask, causal, count, k.shape[2], x.device)
-        return self._attend(q, k, v, join(extra, x.shape[0]), seen, square, self.attn_drop)
+        lengths = None if causal else lengths_of(mask)
+        seen = None if square or lengths is not None else visible(mask, causal, count, k.shape[2], x.device)
+        return self._attend(q, k, v, join(extra, x.shape[0]), seen, square, self.attn_drop, lengths)
 
     def _cross_attention(self, x: Tensor, memory: Tensor, mask: Tensor | None, cache: KeyCache | None) -> Tensor:
         (q,) = packed.rows(self, ("cross_q",), x) or [self._linear("cross_q", x)]
-        k, v = _of_memory(cache, lambda: self._memory_keys_values(memory))
+        q = self._heads(q)
         drop = child(self.block, self.spec.inner["cross_drop"])
-        return self._attend(self._heads(q), k, v, (None, None), visible(mask), False, drop.p if drop.training else 0.0)
+        lengths, dropout = lengths_of(mask), drop.p if drop.training else 0.0
+        seen = None if lengths is not None else visible(mask)
+        if cache is None and not dropout:
+            y = packed.attend_to_memory(self, q, memory, seen, lengths)
+            if y is not None:
+                return y
+        k, v = _of_memory(cache, lambda: self._memory_keys_values(memory))
+        return self._attend(q, k, v, (None, None), seen, False, dropout, lengths)
 
     def _memory_keys_values(self, memory: Tensor) -> list[Tensor]:
         roles = ("cross_k", "cross_v")
         found = packed.rows(self, roles, memory) or [self._linear(role, memory) for role in roles]
         return [self._heads(t) for t in found]
 
-    def _attend(self, q, k, v, prompts, seen: Tensor | None, causal: bool, dropout: float) -> Tensor:
-        options = {"dropout": dropout, "backend": self.backends["prompt_attention"]}
+    def _attend(
+        self, q, k, v, prompts, seen: Tensor | None, causal: bool, dropout: float, lengths: Tensor | None
+    ) -> Tensor:
+        options = {"dropout": dropout, "lengths": lengths, "backend": self.backends["prompt_attention"]}
         y = prompt_attention(q, k, v, *prompts, seen, causal, self.spec.scale, **options)
         return y.transpose(1, 2).flatten(2)
 
@@ -190,6 +200,22 @@ def _of_memory(cache: KeyCache | None, compute: Callable[[], list[Tensor]]) -> l
     if cache.memory_k is None:
         cache.memory_k, cache.memory_v = compute()
     return [cache.memory_k, cache.memory_v]
+
+
+def lengths_of(mask: Tensor | None) -> Tensor | None:
+    """How many keys of each sample are real, int32 (B,), if all that are not stand behind those that are.
+
+    Only looked for on the CPU, where looking is free; all layers that are given one mask share the answer.
+    """
+    if mask is None or mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    known = getattr(mask, "_fastpeft_lengths", None)
+    if known is not None and known[0] == mask._version:
+        return known[1]
+    lengths = mask.sum(1, dtype=torch.int32)
+    padded = bool((lengths > 0).all()) and torch.equal(mask, torch.arange(mask.shape[1]) < lengths[:, None])
+    mask._fastpeft_lengths = (mask._version, lengths if padded else None)
+    return mask._fastpeft_lengths[1]
 
 
 def visible(

@@ -52,6 +52,7 @@ class _Attention(ctypes.Structure):
         ("prompt_k_sums", ctypes.c_void_p),
         ("prompt_v_sums", ctypes.c_void_p),
         ("parts", ctypes.c_int64),
+        ("lengths", ctypes.c_void_p),
     ]
 
 
@@ -72,12 +73,26 @@ class Shape(NamedTuple):
 
 
 def attention_forward(
-    shape: Shape, q: Heads, k: Heads, v: Heads, prompt_k: Heads, prompt_v: Heads, out: Heads, scale: float
+    shape: Shape,
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    prompt_k: Heads,
+    prompt_v: Heads,
+    out: Heads,
+    scale: float,
+    lengths: Tensor | None = None,
 ) -> Tensor:
-    """Write out and return the log-sum-exp, fp32 (B, H, Nq)."""
+    """Write out and return the log-sum-exp, fp32 (B, H, Nq).
+
+    Args:
+        shape, q, k, v, prompt_k, prompt_v, out, scale: as the structure has them.
+        lengths: int32 (B,), tokens of each sample that are seen, at least one key each with the prompts; None for all.
+    """
     lse = torch.empty(shape.batch, shape.heads, shape.queries)
     call = _Attention(
-        *shape, q, k, v, prompt_k, prompt_v, out, lse.data_ptr(), scale, torch.get_num_threads()
+        *shape, q, k, v, prompt_k, prompt_v, out, lse.data_ptr(), scale, torch.get_num_threads(),
+        lengths=pointer(lengths),
     )  # fmt: skip
     check(_function("forward")(ctypes.byref(call)))
     return lse
@@ -98,6 +113,7 @@ def attention_backward(
     dv: Heads,
     needs_prompts: tuple[bool, bool],
     places: tuple[Heads, Heads] | None = None,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Write dq, dk and dv where a place is given for them, and return the prompts' gradients.
 
@@ -108,6 +124,7 @@ def attention_backward(
         dq, dk, dv: places of the gradients; one without data is not needed.
         needs_prompts: which of the prompts' gradients are needed.
         places: of the gradients of prompts of each sample's own, which are then not returned.
+        lengths: as of the forward pass.
 
     Returns:
         fp32 (H, p, D) of prompts that the batch shares, bf16 (B, H, p, D) of each sample's own; None where not needed.
@@ -126,7 +143,7 @@ def attention_backward(
     given = tuple(map(Heads.strided, found)) if places is None else places
     call = _Attention(
         *shape, q, k, v, prompt_k, prompt_v, Heads(), lse.data_ptr(), scale, threads, dout, dq, dk, dv, *given,
-        *map(pointer, sums), parts,
+        *map(pointer, sums), parts, pointer(lengths),
     )  # fmt: skip
     check(_function("backward")(ctypes.byref(call)))
     return tuple(f if s is None else s[0] if parts == 1 else s.sum(0) for f, s in zip(found, sums, strict=True))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastpeft.ops import registered
 from fastpeft.ops.autocast import suspended, without_autocast, working
-from fastpeft.ops.choose import choose, is_reference
+from fastpeft.ops.choose import BackendError, choose, is_reference
 from fastpeft.ops.dropout_mask import keep_by_words
 from fastpeft.ops.recomputed_attention import Recomputed, recomputes
 
@@ -45,6 +45,7 @@ def prompt_attention(
     dropout: float = 0.0,
     words: Words | None = None,
     prompt_index: Tensor | None = None,
+    lengths: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Scaled dot-product attention over tokens and prompts.
@@ -61,6 +62,8 @@ def prompt_attention(
         dropout: probability on the attention weights.
         words: where its mask comes from; torch's generator if None.
         prompt_index: (B,), which of the bank's prompts each sample sees.
+        lengths: int32 (B,) on the CPU, how many of its tokens each sample sees, at least 1; None for all. The same as a
+            mask, for less; not together with one.
         backend: "auto" or one of `fastpeft.ops.choose.BACKENDS`.
 
     Returns:
@@ -68,16 +71,26 @@ def prompt_attention(
 
     Raises:
         BackendError: the backend asked for cannot run.
-        ValueError: a mask together with `causal`.
+        ValueError: a mask together with `causal` or with `lengths`.
     """
     if causal and attn_mask is not None:
         raise ValueError("prompt_attention takes a mask or causal=True, not both")
+    if lengths is not None:
+        if attn_mask is not None or causal:
+            raise ValueError("prompt_attention takes lengths, a mask or causal=True, not two of them")
+        attn_mask = _mask_of(lengths, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if prompt_k is not None and prompt_k.shape[-2] == 0:
         prompt_k = prompt_v = prompt_index = None
     # torch's generator draws inside torch's own function only.
     if not is_reference("prompt_attention", backend, q.device) and (not dropout or words is not None):
         q, k, v, prompt_k, prompt_v, attn_mask = working(q, k, v, prompt_k, prompt_v, attn_mask)
+        if lengths is not None and not torch.compiler.is_compiling():
+            given = Options(None, causal, scale, dropout, words, prompt_index, lengths)
+            module = _takes_lengths(backend, q, k, v, prompt_k, prompt_v, given)
+            if module is not None:
+                with suspended(q.device):
+                    return _Attention.apply(q, k, v, prompt_k, prompt_v, given, module)
         options = Options(_additive(attn_mask, q.dtype), causal, scale, dropout, words, prompt_index)
         if torch.compiler.is_compiling():
             return registered.prompt_attention(q, k, v, prompt_k, prompt_v, **options.keywords(), backend=backend)[0]
@@ -157,6 +170,27 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
+def _mask_of(lengths: Tensor, k: Tensor) -> Tensor:
+    """Bool (B, 1, 1, N)."""
+    order = torch.arange(k.shape[-2], device=k.device)
+    return order < lengths.to(k.device)[:, None, None, None]
+
+
+def _takes_lengths(backend: str, q, k, v, prompt_k, prompt_v, options: Options) -> ModuleType | None:
+    """The module that serves these arguments with lengths, if the chosen one knows them."""
+
+    def reasons(module: ModuleType) -> list[str]:
+        if not getattr(module, "LENGTHS", False):
+            return ["takes a mask instead of lengths"]
+        return module.reasons(q, k, v, prompt_k, prompt_v, **options.keywords())
+
+    try:
+        return choose("prompt_attention", backend, q.device, reasons)
+    except BackendError:
+        # What was asked for by name serves with a mask instead.
+        return None
+
+
 def chosen(backend: str, q, k, v, prompt_k, prompt_v, options: Options) -> ModuleType | None:
     """The module that serves these arguments, or None for the reference."""
     return choose(
@@ -176,11 +210,13 @@ class Options(NamedTuple):
     dropout: float
     words: Words | None
     prompt_index: Tensor | None
+    lengths: Tensor | None = None
 
     def keywords(self) -> dict:
         """As the keyword arguments of an implementation."""
         rows, columns = (None, None) if self.words is None else self.words
-        return {
+        lengths = {} if self.lengths is None else {"lengths": self.lengths}
+        return lengths | {
             "bias": self.bias,
             "causal": self.causal,
             "scale": self.scale,
@@ -198,12 +234,13 @@ class Options(NamedTuple):
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps q, k, v, the prompts, the output and the log-sum-exp of every row."""
+    """Keeps q, k, v, the prompts, the log-sum-exp of every row, and the output where the backward pass reads it."""
 
     @staticmethod
     def forward(ctx, q, k, v, prompt_k, prompt_v, options: Options, module: ModuleType):
         out, lse = module.forward(q, k, v, prompt_k, prompt_v, **options.keywords())
-        ctx.save_for_backward(q, k, v, prompt_k, prompt_v, out, lse)
+        reads = getattr(module, "reads_output", _always)(q, k, options.bias, options.causal, options.dropout)
+        ctx.save_for_backward(q, k, v, prompt_k, prompt_v, out if reads else None, lse)
         ctx.options, ctx.module = options, module
         return out
 
@@ -217,6 +254,10 @@ class _Attention(torch.autograd.Function):
             dout, q, k, v, *rest, **ctx.options.keywords(), needs=ctx.needs_input_grad[:5], packed=packed
         )
         return (*gradients, None, None)
+
+
+def _always(*_) -> bool:
+    return True
 
 
 def _packed_like(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:

@@ -31,6 +31,7 @@ struct Attention {
   // Of prompts that the batch shares, (parts, heads, prompts, dim): sums over a part of the batch each, added to.
   float *prompt_k_sums, *prompt_v_sums;
   int64_t parts;
+  const int32_t* lengths;  // tokens of each sample that are seen, (batch,), at least one key each; null for all
 };
 
 FASTPEFT_INLINE bf16* piece_of(const Heads& m, int64_t dim, int64_t b, int64_t h, int64_t i, int64_t column) {
@@ -170,6 +171,13 @@ struct Extent {
   explicit Extent(const Attention& a)
       : queries(ceil_div(a.queries, kBlock)), keys(ceil_div(a.tokens + a.prompts, kBlock)), widths(ceil_div(a.dim, kBlock)) {}
 };
+
+// The call as one sample sees it.
+FASTPEFT_INLINE Attention of_sample(const Attention& a, int64_t b) {
+  Attention own = a;
+  if (a.lengths != nullptr) own.tokens = a.lengths[b];
+  return own;
+}
 
 // A part of a scratch memory.
 FASTPEFT_INLINE bf16* take(bf16*& memory, int64_t blocks) {

@@ -20,7 +20,7 @@ struct BackwardTag;
 
 class Backward {
  public:
-  Backward(const Attention& a, bf16* memory) : a_(a), n_(a), first_(a.dq.data == nullptr && a.dk.data == nullptr && a.dv.data == nullptr ? a.tokens / kBlock : 0) {
+  Backward(const Attention& a, bf16* memory) : whole_(a), a_(a), n_(a), first_(first(a)) {
     queries_ = take(memory, n_.queries * n_.widths);
     queries_depth_ = take(memory, n_.queries * n_.widths);
     douts_ = take(memory, n_.queries * n_.widths);
@@ -38,6 +38,11 @@ class Backward {
     total_ = reinterpret_cast<float*>(take(memory, ceil_div<int64_t>(n_.queries, 8)));
   }
 
+  // Only the prompts' gradients are needed: their blocks are enough.
+  static int64_t first(const Attention& a) {
+    return a.dq.data == nullptr && a.dk.data == nullptr && a.dv.data == nullptr ? a.tokens / kBlock : 0;
+  }
+
   static int64_t blocks(const Attention& a) {
     const Extent n(a);
     return 4 * n.queries * n.widths + 2 * n.widths + n.widths * n.keys + n.queries + 4 * n.queries * n.keys + 16 +
@@ -46,6 +51,13 @@ class Backward {
 
   // k_sums, v_sums: (prompts, dim) of prompts that the batch shares, added to; or null.
   void run(int64_t b, int64_t h, float* k_sums, float* v_sums) {
+    if (whole_.lengths != nullptr) {
+      a_ = of_sample(whole_, b);
+      n_ = Extent(a_);
+      first_ = first(a_);
+      nothing(a_.dk, b, h);
+      nothing(a_.dv, b, h);
+    }
     const bool needs_dk = a_.dk.data != nullptr || a_.dprompt_k.data != nullptr || k_sums != nullptr;
     const bool needs_dv = a_.dv.data != nullptr || a_.dprompt_v.data != nullptr || v_sums != nullptr;
     pack_queries(b, h);
@@ -230,9 +242,17 @@ class Backward {
       }
   }
 
-  const Attention& a_;
-  const Extent n_;
-  const int64_t first_;  // block of keys to begin with
+  // Zeros for the tokens that the sample does not see.
+  void nothing(const Heads& to, int64_t b, int64_t h) {
+    if (to.data == nullptr) return;
+    for (int64_t i = a_.tokens; i < whole_.tokens; ++i)
+      for (int64_t w = 0; w < n_.widths; ++w) store_piece(to, a_.dim, b, h, i, w * kBlock, _mm512_setzero_si512());
+  }
+
+  const Attention& whole_;
+  Attention a_;
+  Extent n_;
+  int64_t first_;  // block of keys to begin with
   bf16 *queries_, *queries_depth_, *douts_, *douts_depth_, *key_rows_, *value_rows_, *keys_transposed_, *probabilities_,
       *slopes_, *slopes_depth_;
   float *sums_, *dprobabilities_, *lse_, *delta_, *total_;

@@ -15,7 +15,7 @@ struct ForwardTag;
 
 class Forward {
  public:
-  Forward(const Attention& a, bf16* memory) : a_(a), n_(a) {
+  Forward(const Attention& a, bf16* memory) : whole_(a), a_(a), n_(a) {
     keys_ = take(memory, n_.keys * n_.widths);
     values_ = take(memory, n_.keys * n_.widths);
     left_ = take(memory, n_.widths);
@@ -31,6 +31,11 @@ class Forward {
 
   // `fresh`: another head than in the call before.
   void run(int64_t b, int64_t h, bool fresh) {
+    if (whole_.lengths != nullptr) {
+      a_ = of_sample(whole_, b);
+      n_ = Extent(a_);
+      fresh = true;
+    }
     pack(b, h, fresh);
     load_queries(b, h, 0);
     for (int64_t j = 0; j < n_.keys; ++j) score(0, j);
@@ -148,8 +153,9 @@ class Forward {
     totals_[r] = _mm512_reduce_add_ps(_mm512_add_ps(sum, sum2));
   }
 
-  const Attention& a_;
-  const Extent n_;
+  const Attention& whole_;
+  Attention a_;
+  Extent n_;
   bf16 *keys_, *values_, *left_, *probabilities_;
   float *scores_[2], *sums_[2];  // of two blocks of queries, of two blocks of columns
   alignas(64) float tops_[kBlock], totals_[kBlock], factors_[kBlock];

@@ -18,6 +18,9 @@ from fastpeft.native.memory import pool
 from fastpeft.native.vector import library
 from fastpeft.native.vector.library import call, pointer, side_by_side, type_reasons
 
+# Takes the lengths of padded keys instead of a bias.
+LENGTHS = True
+
 # Threads find work for each of them, and not much more for one than for another.
 _PIECES_A_THREAD = 4
 
@@ -69,6 +72,7 @@ def reasons(
     row_words: Tensor | None = None,
     column_words: Tensor | None = None,
     prompt_index: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> list[str]:
     """Why `forward` and `backward` cannot run with these arguments, which are forward's; empty if they can."""
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
@@ -82,6 +86,8 @@ def reasons(
     if not scale > 0.0:
         found.append(f"the scale must be positive, not {scale}")
     found += _prompt_reasons(q, prompt_k, prompt_v, prompt_index)
+    if lengths is not None and not _on_matrix_unit(q, k, bias, causal, dropout):
+        found.append("lengths are for the matrix unit")
     length = 0 if prompt_k is None else prompt_k.shape[-2]
     if bias is not None:
         found += _bias_reasons(bias, (*q.shape[:3], k.shape[2]))
@@ -145,6 +151,7 @@ def forward(
     row_words: Tensor | None = None,
     column_words: Tensor | None = None,
     prompt_index: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over tokens and prompts.
 
@@ -164,6 +171,7 @@ def forward(
         column_words: int32 (N + p,), random words of the keys, tokens first. A weight is kept as in
             fastpeft/ops/dropout_mask.py.
         prompt_index: integers (B,), 0 <= task < T.
+        lengths: int32 (B,), tokens of each sample that are seen, at least 1; only where the matrix unit serves.
 
     Returns:
         (B, H, Nq, D), a view of a contiguous (B, Nq, H, D), and its log-sum-exp (B, H, Nq) in fp32, natural, -inf for
@@ -174,7 +182,7 @@ def forward(
     out = _rows_before_heads(q)
     if _on_matrix_unit(q, k, bias, causal, dropout):
         heads = [matrix_unit.Heads.strided(t) for t in (q, k, v, *prompts, out)]
-        return out, matrix_unit.attention_forward(_shape(q, k, prompts[0]), *heads, scale)
+        return out, matrix_unit.attention_forward(_shape(q, k, prompts[0]), *heads, scale, lengths)
     lse = torch.empty(q.shape[:3], dtype=torch.float32)
     arguments = _Arguments(q, k, v, *prompts, out, lse, bias, causal, scale, dropout, row_words, column_words)
     call("prompt_attention_forward", arguments.structure)
@@ -198,6 +206,7 @@ def backward(
     row_words: Tensor | None = None,
     column_words: Tensor | None = None,
     prompt_index: Tensor | None = None,
+    lengths: Tensor | None = None,
     needs: tuple[bool, bool, bool, bool, bool] = (True, True, True, True, True),
     packed: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
@@ -210,7 +219,7 @@ def backward(
         v: see q.
         prompt_k: see q.
         prompt_v: see q.
-        out: what forward returned.
+        out: what forward returned; not read where `reads_output` says so.
         lse: what forward returned.
         bias: see q.
         causal: see q.
@@ -219,6 +228,7 @@ def backward(
         row_words: see q.
         column_words: see q.
         prompt_index: see q.
+        lengths: see q.
         needs: which of dq, dk, dv, dprompt_k, dprompt_v are wanted. The others cost nothing.
         packed: (B, N, 3, H, D), contiguous, q's dtype, with Nq = N: dq, dk and dv are written into its slices and are
             views of it.
@@ -230,7 +240,7 @@ def backward(
     needs = (*needs[:3], *(need and prompt_k is not None for need in needs[3:]))
     if not any(needs):
         return (None,) * 5
-    q, k, v, dout, out = map(_readable, (q, k, v, dout, out))
+    q, k, v, dout = map(_readable, (q, k, v, dout))
     prompts = _prompts(q, prompt_k, prompt_v, prompt_index)
     places = [None] * 3 if packed is None else [packed[:, :, i].transpose(1, 2) for i in range(3)]
     tokens = [
@@ -241,8 +251,9 @@ def backward(
         heads = [matrix_unit.Heads.strided(t) for t in (q, k, v, *prompts)]
         gradients = [matrix_unit.Heads.strided(t) for t in (dout, *tokens)]
         shape = _shape(q, k, prompts[0])
-        sums = matrix_unit.attention_backward(shape, *heads, lse, scale, *gradients, needs[3:])
+        sums = matrix_unit.attention_backward(shape, *heads, lse, scale, *gradients, needs[3:], lengths=lengths)
     else:
+        out = _readable(out)
         arguments = _Arguments(q, k, v, *prompts, out, lse, bias, causal, scale, dropout, row_words, column_words)
         sums = _run_backward(arguments.structure, prompts[0], q, (dout, *tokens), needs[3:])
     found = [
@@ -298,6 +309,11 @@ def _run_backward(
     structure.dprompt_k, structure.dprompt_v = map(pointer, sums)
     call("prompt_attention_backward", structure)
     return [t.sum(0) if shared and t is not None else t for t in sums]
+
+
+def reads_output(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, dropout: float) -> bool:
+    """Whether `backward` looks at the output."""
+    return not _on_matrix_unit(q, k, bias, causal, dropout)
 
 
 def _on_matrix_unit(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, dropout: float) -> bool:
