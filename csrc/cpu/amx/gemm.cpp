@@ -7,6 +7,9 @@
 //   shallow products (depth to 1024): for each panel, for each chunk, for each block of rows; 4 KiB of sums a block;
 //   deep ones: for each chunk, for each panel, for each block, so that A too is read in chunks; sums of the whole slab.
 //
+// Few rows are not dealt out but the panels of W: every thread then reads a part of W, which comes from memory, once, and
+// asks for what it will need next while it multiplies.
+//
 // A panel's sums are finished (bias, activation, ...) between the steps of the next panel's products.
 
 #include "gemm.h"
@@ -17,9 +20,13 @@ namespace fastpeft {
 namespace {
 
 constexpr int64_t kChunk = 256;        // depth of a panel in the first-level cache: 16 KiB
+constexpr int64_t kLongChunk = 768;     // the same of few rows
 constexpr int64_t kShallow = 1024;     // deepest product whose slab of A is held whole
 constexpr int64_t kSlab = 704 * 1024;  // bytes of A (and of sums) that share the second-level cache with a panel
 constexpr int64_t kLight = 256 * 1024;  // bytes of a W that stays there whole, beside A's and C's rows
+constexpr int64_t kFew = 8;             // blocks of rows that are not dealt out
+constexpr int64_t kAsking = 8;         // blocks of rows of a slab for which W comes too fast for the machine to foresee
+constexpr int64_t kAhead = 16;          // blocks of W between those that are multiplied and those that are asked for
 
 struct SlabTag;
 struct SumsTag;
@@ -31,9 +38,10 @@ class Pipeline {
  public:
   Pipeline(const Gemm& gemm, Finish finish) : finish_(finish) { waiting_.gemm = &gemm; }
 
-  // Multiplies `steps` blocks of A and B into the tiles, finishing what waits meanwhile.
-  FASTPEFT_INLINE void multiply(const bf16* a, const bf16* b, int64_t steps) {
+  // Multiplies `steps` blocks of A and B into the tiles, finishing what waits meanwhile. `asks`: for later blocks of B.
+  FASTPEFT_INLINE void multiply(const bf16* a, const bf16* b, int64_t steps, bool asks = false) {
     for (int64_t k = 0; k < steps; ++k) {
+      if (asks) ask_for(b + (k + kAhead) * kBlockSize);
       multiply_step(a + k * kBlockSize, b + k * kBlockSize);
       if (row_ < rows_) {
         credit_ += quota_;
@@ -59,6 +67,11 @@ class Pipeline {
 
  private:
   static constexpr int kFraction = 16;
+
+  FASTPEFT_INLINE static void ask_for(const bf16* block) {
+#pragma GCC unroll 32
+    for (int64_t line = 0; line < kBlockSize; line += 32) _mm_prefetch(reinterpret_cast<const char*>(block + line), _MM_HINT_T1);
+  }
 
   FASTPEFT_INLINE void some(int64_t end) {
     while (row_ < end) {
@@ -154,7 +167,8 @@ void project_down(const Gemm& g, const Slab& slab, int64_t first, int64_t blocks
 // product writes 64 bytes of a row at a time; into row-major memory that would be a new page each.
 class Drain {
  public:
-  Drain(const Gemm& gemm, bf16* memory, int64_t blocks) : gemm_(gemm), memory_(memory), half_(blocks * kBlock * gemm.columns) {}
+  Drain(const Gemm& gemm, bf16* memory, int64_t blocks, Range panels)
+      : gemm_(gemm), memory_(memory), half_(blocks * kBlock * gemm.columns), panels_(panels) {}
 
   // Where the next slab's sums go, so that block `first` of rows lies at its beginning.
   bf16* turn(int64_t first) { return memory_ + (filling_ ? half_ : 0) - first * kBlock * gemm_.columns; }
@@ -183,7 +197,7 @@ class Drain {
     const int64_t columns = gemm_.columns / kBlock;
     for (; row_ < end; ++row_) {
       const int64_t block = row_ / kBlock, r = row_ % kBlock;
-      for (int64_t n = 0; n < columns; ++n) {
+      for (int64_t n = panels_.begin; n < panels_.end; ++n) {
         const __m512i packed = _mm512_load_si512(source_ + (block * columns + n) * kBlockSize + r * kBlock);
         Row x = {low_half(packed), high_half(packed)};
         if (gemm_.epilogue == kResidual) {
@@ -203,17 +217,20 @@ class Drain {
   bf16* memory_;
   const bf16* source_ = nullptr;
   int64_t half_, first_ = 0, row_ = 0, rows_ = 0, step_ = 0;
+  Range panels_;
   bool filling_ = false;
 };
 
 // Products of a panel's chunk with a block of rows in a slab.
-int64_t products(const Gemm& g, int64_t blocks) { return ceil_div(g.depth, kChunk) * (g.columns / kBlock) * blocks; }
+int64_t products(const Gemm& g, int64_t blocks, Range panels, bool few) {
+  return ceil_div(g.depth, few ? kLongChunk : kChunk) * (panels.end - panels.begin) * blocks;
+}
 
-void multiply_slab(const Gemm& g, const Slab& slab, int64_t first, int64_t blocks, Pipeline& pipeline,
-                   Drain& drain, float* sums) {
-  const int64_t depth = g.depth / kBlock, columns = g.columns / kBlock, extra = g.extra / kBlock;
-  const bool shallow = g.depth <= kShallow;
-  const int64_t chunk = kChunk / kBlock, chunks = ceil_div(depth, chunk);
+void multiply_slab(const Gemm& g, const Slab& slab, int64_t first, int64_t blocks, Range panels, bool few,
+                   Pipeline& pipeline, Drain& drain, float* sums) {
+  const int64_t depth = g.depth / kBlock, extra = g.extra / kBlock;
+  const bool shallow = few || g.depth <= kShallow;
+  const int64_t chunk = (few ? kLongChunk : kChunk) / kBlock, chunks = ceil_div(depth, chunk);
   // A panel's chunk with all blocks of rows.
   const auto sweep = [&](int64_t c, int64_t n) {
     const int64_t begin = c * chunk, steps = smaller(chunk, depth - begin);
@@ -224,7 +241,7 @@ void multiply_slab(const Gemm& g, const Slab& slab, int64_t first, int64_t block
     else
       load_sums(partial);
     for (int64_t i = 0; i < blocks; ++i) {
-      pipeline.multiply(slab.at(i, begin), g.weight + (n * depth + begin) * kBlockSize, steps);
+      pipeline.multiply(slab.at(i, begin), g.weight + (n * depth + begin) * kBlockSize, steps, blocks <= kAsking && i == 0);
       if (extra > 0 && c + 1 == chunks) {
         const bf16* a2 = g.a2.data + (first + i) * g.a2.stride * kBlockSize;
         pipeline.multiply(a2, g.extra_weight + n * extra * kBlockSize, extra);
@@ -235,11 +252,11 @@ void multiply_slab(const Gemm& g, const Slab& slab, int64_t first, int64_t block
     if (c + 1 == chunks) pipeline.hand_over(first, n, partial, blocks, blocks * (shallow ? depth : steps));
   };
   if (shallow) {
-    for (int64_t n = 0; n < columns; ++n)
+    for (int64_t n = panels.begin; n < panels.end; ++n)
       for (int64_t c = 0; c < chunks; ++c) sweep(c, n);
   } else {
     for (int64_t c = 0; c < chunks; ++c)
-      for (int64_t n = 0; n < columns; ++n) sweep(c, n);
+      for (int64_t n = panels.begin; n < panels.end; ++n) sweep(c, n);
   }
 }
 
@@ -252,13 +269,18 @@ int64_t slab_blocks(const Gemm& g, int64_t mine) {
   return ceil_div(mine, ceil_div(mine, most));
 }
 
+// Whether panels are dealt out to threads instead of rows. Rows are then prepared by every thread, with equal results.
+bool deals_panels(const Gemm& g) { return ceil_div(g.rows, kBlock) <= kFew; }
+
 bool run(const Gemm& whole, int64_t index, int64_t threads) {
   Gemm g = whole;
-  const Range mine = part_of(ceil_div(g.rows, kBlock), threads, index);
-  if (mine.begin == mine.end) return true;
-  const int64_t blocks = slab_blocks(g, mine.end - mine.begin);
+  const bool few = deals_panels(g);
+  const Range mine = few ? Range{0, ceil_div(g.rows, kBlock)} : part_of(ceil_div(g.rows, kBlock), threads, index);
+  const Range panels = few ? part_of(g.columns / kBlock, threads, index) : Range{0, g.columns / kBlock};
+  if (mine.begin == mine.end || panels.begin == panels.end) return true;
+  const int64_t blocks = few ? mine.end : slab_blocks(g, mine.end - mine.begin);
   const bool in_place = g.a.layout == kBlocked && g.prologue == kCopy;
-  const bool shallow = g.depth <= kShallow;
+  const bool shallow = few || g.depth <= kShallow;
   auto* copy = in_place ? nullptr : static_cast<bf16*>(scratch<SlabTag>(blocks * kBlock * g.depth * 2));
   const int64_t partial = shallow ? 2 * blocks : blocks * (g.columns / kBlock);
   bf16* staged = nullptr;
@@ -272,7 +294,7 @@ bool run(const Gemm& whole, int64_t index, int64_t threads) {
   if (sums == nullptr || (copy == nullptr && !in_place)) return false;
   const Tiles tiles;
   Pipeline pipeline(g, choose_finish(g));
-  Drain drain(whole, staged, blocks);
+  Drain drain(whole, staged, blocks, panels);
   for (int64_t first = mine.begin; first < mine.end; first += blocks) {
     const int64_t count = smaller(blocks, mine.end - first);
     Slab slab = {g.a.data + first * g.a.stride * kBlockSize, g.a.stride};
@@ -282,9 +304,9 @@ bool run(const Gemm& whole, int64_t index, int64_t threads) {
     }
     if (staged != nullptr) g.c.data = drain.turn(first);
     if (g.down_weight != nullptr) project_down(g, slab, first, count);
-    multiply_slab(g, slab, first, count, pipeline, drain, sums);
+    multiply_slab(g, slab, first, count, panels, few, pipeline, drain, sums);
     pipeline.flush();
-    if (staged != nullptr) drain.start(first, count, products(g, blocks));
+    if (staged != nullptr) drain.start(first, count, products(g, blocks, panels, few));
   }
   drain.finish();
   return true;
@@ -295,7 +317,8 @@ bool run(const Gemm& whole, int64_t index, int64_t threads) {
 
 FASTPEFT_EXPORT int32_t FASTPEFT_NAME(gemm)(const fastpeft::Gemm* gemm) {
   using namespace fastpeft;
-  const int64_t threads = smaller<int64_t>(gemm->threads, ceil_div(gemm->rows, kBlock));
+  const int64_t parts = deals_panels(*gemm) ? gemm->columns / kBlock : ceil_div(gemm->rows, kBlock);
+  const int64_t threads = smaller<int64_t>(gemm->threads, parts);
   bool enough = true;
   parallel(static_cast<int>(threads), [&](int index) {
     if (!run(*gemm, index, threads)) __atomic_store_n(&enough, false, __ATOMIC_RELAXED);
