@@ -19,8 +19,9 @@ from tests.native.amx import BF16, as_rows, both_layouts, needs_amx, outputs
 
 pytestmark = needs_amx
 
-# Rows; depth, columns. Depths to 1024 and beyond are computed in another order; slabs end within these rows.
-ROWS = (1, 31, 32, 33, 77)
+# Rows; depth, columns. Depths to 1024 and beyond are computed in another order; slabs end within these rows. To 256
+# rows panels are dealt out to threads, beyond these rows are.
+ROWS = (1, 31, 32, 33, 77, 289)
 SIZES = ((32, 32), (96, 64), (768, 96), (1024, 32), (1056, 64), (3072, 32))
 EPSILON = 1e-6
 
@@ -223,3 +224,25 @@ def test_layer_norm_backward(rows, width):
         assert_close(name, alone, plain, exact)
         with_sum = layer_norm_backward(matrix, x, statistics, dsum, torch.full_like(x, float("nan")))
         assert_close(f"{name} and sum", with_sum, plain + dsum, exact + dsum.double())
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5])
+@pytest.mark.parametrize("rows", (1, 33, 77, 289))
+def test_threads_give_equal_bits(rows, threads):
+    x, w, bias = draw(rows, 768, 96)
+    down, up = (torch.randn(32, 768) / 768**0.5).to(BF16), (torch.randn(96, 32) / 32**0.5).to(BF16)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            u, kept = blocked.empty(rows, 32), blocked.empty(rows, 96)
+            statistics = torch.empty(2, rows)
+            options = {"a2": u, "extra": pack(up), "down": pack(down), "statistics": statistics, "epsilon": EPSILON}
+            options |= {"activation": "gelu", "kept": kept}
+            c = gemm(x, pack(w), torch.empty(rows, 96, dtype=BF16), rows, bias, **options)
+            results.append((c, blocked.to_rows(u, rows), blocked.to_rows(kept, rows), statistics))
+    finally:
+        torch.set_num_threads(before)
+    for one, many in zip(*results, strict=True):
+        assert torch.equal(one, many)
