@@ -30,8 +30,9 @@ from fastpeft.errors import FastPEFTError
 from fastpeft.ops.proven import PROVEN
 
 OPERATORS = ("prompt_attention", "layer_norm", "lora_linear", "adapter", "mlp")
-# What can be chosen: the operators, and a block's branches as wholes, which are the operators' composition otherwise.
-CHOICES = (*OPERATORS, "block")
+# What can be chosen: the operators, a block's branches as wholes, which are the operators' composition otherwise, and a
+# language model's loss.
+CHOICES = (*OPERATORS, "block", "linear_cross_entropy")
 BACKENDS = ("reference", "cpu", "triton", "cuda", "xformers")
 
 # Where an implementation is, what it is made with, and the smallest compute capability it runs on.
@@ -49,6 +50,7 @@ _MODULES: dict[tuple[str, str], str] = {
     ("adapter", "cuda"): "fastpeft.ops.cuda_adapter",
     ("prompt_attention", "xformers"): "fastpeft.ops.xformers_attention",
     ("block", "cpu"): "fastpeft.native.block",
+    ("linear_cross_entropy", "cpu"): "fastpeft.native.vector.cross_entropy",
 }
 _PACKAGES = {"triton": "triton", "xformers": "xformers"}
 _CAPABILITY = {"triton": 75, "cuda": 80, "xformers": 75}

@@ -22,4 +22,5 @@ PROVEN: dict[tuple[str, str, int], tuple[str, ...]] = {
     # bench/results/intel-r-xeon-r-processor/native_ops.json. The adapter and the MLP alone are not faster there.
     ("prompt_attention", "cpu", _AMX): ("cpu",),
     ("layer_norm", "cpu", _AMX): ("cpu",),
+    ("linear_cross_entropy", "cpu", _AMX): ("cpu",),
 }

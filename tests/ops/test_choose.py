@@ -129,7 +129,7 @@ def test_missing_packages_are_named(monkeypatch):
 
 def test_wishes_come_from_the_environment_first():
     assert asked("auto", {}) == dict.fromkeys(CHOICES, "auto")
-    everywhere = dict.fromkeys(OPERATORS, "triton") | {"block": "auto"}
+    everywhere = dict.fromkeys(CHOICES, "auto") | dict.fromkeys(OPERATORS, "triton")
     assert asked("triton", {}) == everywhere
     assert asked("triton", {"FASTPEFT_BACKEND_MLP": "reference"}) == everywhere | {"mlp": "reference"}
     environment = {"FASTPEFT_BACKEND": "triton", "FASTPEFT_BACKEND_ADAPTER": "auto"}

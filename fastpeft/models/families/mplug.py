@@ -9,12 +9,13 @@ from fastpeft.engine.adopt import Adopted, original_class
 from fastpeft.engine.block import lost_layer
 from fastpeft.engine.description import BlockSpec, HostSpec, Projection
 from fastpeft.engine.extensions import InputPrompts
-from fastpeft.engine.hooks import any_hooks, replaced
+from fastpeft.engine.hooks import any_hooks, replaced, watched
 from fastpeft.engine.post_norm import run_post_norm
 from fastpeft.engine.stack import EngineHost, begin, call_block
 from fastpeft.errors import UnsupportedModelError
 from fastpeft.models.families import Family
 from fastpeft.models.mplug.stream import Stream
+from fastpeft.ops.linear_cross_entropy import linear_cross_entropy
 
 _LAYERS = {"text": "text_encoder.encoder", "fusion": "fusion_encoder.encoder", "decoder": "text_decoder.bert.encoder"}
 _TRANSFORM = tuple(
@@ -63,6 +64,14 @@ class MPlugHost(EngineHost):
         # Recomputation would add to a cache twice; generation has no backward pass anyway.
         noise = self.__dict__.get("fastpeft_noise")
         return call_block(layer, x, {**options, "noise": noise}, checkpointing=False)
+
+    def _losses(self, states: Tensor, targets: Tensor) -> Tensor:
+        decoder = self.text_decoder
+        head, weight = decoder.cls.predictions, decoder.bert.embeddings.word_embeddings.weight
+        if watched(*head.modules()):
+            return super()._losses(states, targets)
+        backend = self.fastpeft_host.backends["linear_cross_entropy"]
+        return linear_cross_entropy(head.transform(states), weight, head.bias, targets, backend)
 
     def _tokens(self, rows: int, first: int) -> int:
         prompts = self._prompts("decoder") if first == 0 else None

@@ -11,7 +11,6 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastpeft._compat import import_timm
@@ -22,7 +21,6 @@ from fastpeft.models.mplug.stream import DecoderCache, LayerCache, Stream, join
 
 # What the decoder attends to: image and text after the fusion, or the image tower's rows as they are.
 ROUTES = ("fused", "image")
-_IGNORED = -100
 
 
 class MPlug(nn.Module):
@@ -199,8 +197,7 @@ class MPlug(nn.Module):
         """
         real = (ids != self.config.pad_id if mask is None else mask)[:, 1:]
         states = self.hidden(ids[:, :-1], None, memory)
-        logits = self.text_decoder.logits(states[real])
-        losses = F.cross_entropy(logits.float(), ids[:, 1:][real], reduction="none")
+        losses = self._losses(states[real], ids[:, 1:][real])
         return torch.zeros(real.shape, dtype=losses.dtype, device=losses.device).masked_scatter(real, losses), real
 
     def forward(
@@ -223,6 +220,9 @@ class MPlug(nn.Module):
 
     def _call(self, stack: str, number: int, layer: nn.Module, x: Tensor, options: dict) -> Tensor:
         return layer(x, **options)
+
+    def _losses(self, states: Tensor, targets: Tensor) -> Tensor:
+        return self.text_decoder.losses(states, targets)
 
     def _continue(self, text: Stream, memory: Stream | None, cache: DecoderCache) -> tuple[Stream, Tensor | None]:
         """The text with the mask of everything that it sees, and the memory's mask; the cache learns of both."""

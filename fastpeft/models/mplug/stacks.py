@@ -82,6 +82,12 @@ class TextDecoder(nn.Module):
         self.bert = _Bert(config)
         self.cls = _Head(config)
 
+    def losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        """States (R, D) and the tokens (R,) that they are to predict -> -log p, (R,), at least fp32."""
+        logits = self.logits(x)
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(wide, targets, reduction="none")
+
     def logits(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., vocabulary)."""
         predictions = self.cls.predictions
