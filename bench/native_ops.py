@@ -25,6 +25,7 @@ from fastpeft import _native
 from fastpeft.ops.adapter import adapter
 from fastpeft.ops.choose import Chip, unavailable
 from fastpeft.ops.layer_norm import add_layer_norm
+from fastpeft.ops.linear_cross_entropy import linear_cross_entropy
 from fastpeft.ops.mlp import mlp
 from fastpeft.ops.prompt_attention import Words, prompt_attention
 
@@ -130,6 +131,18 @@ def bottleneck(model: str, skip: bool) -> Step:
     return differentiated(run, [torch.randn(batch, tokens, d), *factors], [])
 
 
+def vocabulary(model: str) -> Step:
+    """The loss of 120 rows over BERT's 30,522 word pieces, whose matrix is frozen."""
+    _, _, heads, dim = MODELS[model]
+    d = heads * dim
+    frozen = [torch.randn(30522, d) * d**-0.5, torch.randn(30522), torch.randint(30522, (120,))]
+
+    def run(backend, x, weight, bias, targets):
+        return linear_cross_entropy(x, weight, bias, targets, backend)
+
+    return differentiated(run, [torch.randn(120, d)], frozen)
+
+
 # Operator, case -> what makes its step for a model, and in which formats it exists.
 CASES: dict[tuple[str, str], tuple[Callable[[str], Step], tuple[str, ...]]] = {
     ("prompt_attention", "no prompts"): (lambda model: attention(model, 0), ("fp32", "bf16")),
@@ -148,6 +161,7 @@ CASES: dict[tuple[str, str], tuple[Callable[[str], Step], tuple[str, ...]]] = {
     ("mlp", "derivative kept in 8 bits"): (lambda model: layers(model, "derivative8"), ("bf16",)),
     ("adapter", "64 units, skip connection"): (lambda model: bottleneck(model, True), ("fp32", "bf16")),
     ("adapter", "64 units"): (lambda model: bottleneck(model, False), ("fp32", "bf16")),
+    ("linear_cross_entropy", "120 rows, 30,522 tokens"): (vocabulary, ("fp32", "bf16")),
 }
 
 
