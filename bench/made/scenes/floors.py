@@ -21,9 +21,9 @@ def floors(train: Sequence[Picture], pictures: Sequence[Picture]) -> dict[str, d
 
     Returns:
         For each family, and "all": `questions`, how many; `most_frequent`, by always giving the family's most frequent
-        answer, which is `answer`; `blind`, by giving the most frequent answer to the very same question, or the family's
-        where it has not been asked, and of two that a question names the first. For "all" `one_answer` too, by giving
-        its `answer` to every question.
+        answer, which is `answer`; `blind`, by giving the most frequent answer to the very same question, or the
+        family's where it has not been asked, and of two that a question names the first. For "all" `one_answer` too, by
+        giving its `answer` to every question.
     """
     by_family: dict[str, Counter[str]] = {family: Counter() for family in FAMILIES}
     by_text: dict[str, Counter[str]] = {}

@@ -16,7 +16,7 @@ from typing import Any
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon")
 COLORS: Mapping[str, tuple[int, int, int]] = {
     "red": (214, 38, 40), "green": (40, 150, 62), "blue": (38, 88, 208), "yellow": (248, 218, 40),
-    "orange": (247, 132, 22), "purple": (122, 46, 168), "pink": (247, 132, 188), "brown": (118, 72, 34),
+    "orange": (247, 132, 22), "purple": (138, 60, 186), "pink": (247, 132, 188), "brown": (118, 72, 34),
     "gray": (128, 128, 128), "black": (18, 18, 20), "white": (252, 252, 252),
 }  # fmt: skip
 # Radius of the circle about a thing, from and to.
