@@ -1,6 +1,7 @@
-"""Make a data set on the spot, or convert one, to VTAB-1k's folder layout.
+"""Make a data set on the spot, or convert one, to VTAB-1k's folder layout or COCO's and VQAv2's files.
 
     python -m bench.made clevr --out data/vtab-1k              # scenes rendered to CLEVR's rules, two tasks
+    python -m bench.made scenes --out data/scenes              # pictures with captions and questions
     python -m bench.made tfds --task eurosat --tfds-dir ~/tensorflow_datasets --out data/vtab-1k
 
 The options of a maker: python -m bench.made NAME --help
