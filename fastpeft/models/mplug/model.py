@@ -8,6 +8,7 @@ logits = decoder(text; memory),   memory = [V; T], or V alone
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 import torch
@@ -56,6 +57,43 @@ class MPlug(nn.Module):
     def from_config(cls, config: MPlugConfig) -> MPlug:
         """A model with random weights."""
         return cls(config)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike,
+        image_size: int | None = None,
+        config: MPlugConfig | None = None,
+        visual_encoder: nn.Module | None = None,
+        **known: int,
+    ) -> MPlug:
+        """A model from a file: published, fine-tuned with the original code, or written by `save`.
+
+        What became of the file's tensors is logged; `fastpeft.models.mplug.checkpoint.load_checkpoint` returns it.
+
+        Args:
+            path: a `.safetensors` file or a torch file.
+            image_size: another than the file's, in pixels; the position table is brought to it.
+            config: the sizes, where the file does not show them (see `infer_config`).
+            visual_encoder: the image tower, if it is not CLIP's.
+            known: `num_heads`, `image_heads`, `stride`, where only they are unlike the published models'.
+
+        Raises:
+            FastPEFTError: the file cannot be read, lacks a tensor that the model uses, or is of another model.
+        """
+        from fastpeft.models.mplug.checkpoint import model_from_checkpoint
+
+        return model_from_checkpoint(cls, path, image_size, config, visual_encoder, **known)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the model under its published names, as `.safetensors`, or as `.pth`, `.pt` or `.bin`.
+
+        Raises:
+            FastPEFTError: another suffix; tensors of a tuning method, which `fastpeft.save` writes.
+        """
+        from fastpeft.models.mplug.checkpoint import save_checkpoint
+
+        save_checkpoint(self, path)
 
     # The stages.
 
