@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import pickle
+import struct
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ from fastpeft.models._wheels import read_wheel
 _MAY_BE_MISSING = ("head.", "head_dist.", "fc_norm.")
 # Tensors without which the file is of another model, even if the model has no place for them.
 _MUST_BE_USED = ("blocks.", "patch_embed.", "pos_embed", "cls_token", "dist_token", "reg_token", "norm_pre.")
+# What reading a torch file that is damaged, or is none, can lead to.
+_DAMAGE = (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +112,7 @@ def read_torch(path: Path, *, mmap: bool = False) -> object:
             f"{path}: holds Python objects besides tensors, or is damaged; it is not loaded, because that could run "
             f"code. Save its state dict alone, best as .safetensors. ({str(error).splitlines()[0]})"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except _DAMAGE as error:
         raise FastPEFTError(f"{path}: cannot be read as a torch file: {error}") from error
 
 

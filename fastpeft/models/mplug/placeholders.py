@@ -57,6 +57,10 @@ class Placeholder:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Placeholder:
+        """As what a function gave that was not looked up, and that is a function itself."""
+        return Placeholder()
+
     def __setstate__(self, state: Any) -> None:
         # Slots come beside the attributes, as the second of two.
         for part in state if isinstance(state, tuple) else (state,):
