@@ -33,8 +33,8 @@ class Generation:
             behind its end token, as mPLUG's do, so that an end token may stand within a hypothesis.
         early_stop: the search is over when the first beam has ended, as mPLUG's is. Otherwise only when no beam can
             reach the best hypothesis's score any more.
-        start_id: token before the first, unless start tokens are given.
-        end_id: token after the last.
+        start_id: token before the first, unless start tokens are given; None for the model's.
+        end_id: token after the last; None for the model's.
     """
 
     beams: int = 5
@@ -43,12 +43,14 @@ class Generation:
     alpha: float = 0.6
     frozen_beams: bool = False
     early_stop: bool = True
-    start_id: int = 101
-    end_id: int = 102
+    start_id: int | None = None
+    end_id: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("beams", 1), ("min_length", 0), ("max_length", 1), ("start_id", 0), ("end_id", 0)):
             value = getattr(self, name)
+            if value is None and name in ("start_id", "end_id"):
+                continue
             if type(value) is not int or value < least:
                 raise FastPEFTError(f"{name} must be a whole number from {least} on, got {value!r}")
         if self.min_length > self.max_length:
@@ -93,6 +95,9 @@ class _Beam(NamedTuple):
 
 class Search:
     """The search for one example.
+
+    Args:
+        settings: of the search, the end token among them.
 
     Attributes:
         done: it is over.

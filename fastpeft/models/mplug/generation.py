@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ def generate(
     """Search for what the decoder would say.
 
     Args:
-        model: with `decode`, in evaluation mode.
+        model: with `decode` and `config`, as MPlug has them, in evaluation mode.
         memory: what the decoder attends to, states (B, N, D).
         settings: of the search.
         start_ids: int64 (n,) or (B, n), tokens that the text begins with, the start token included: a prompt of p
@@ -39,13 +40,18 @@ def generate(
     Raises:
         FastPEFTError: the model is being trained, start tokens do not fit, or log-probabilities are not numbers.
     """
+    settings = replace(
+        settings,
+        start_id=model.config.cls_id if settings.start_id is None else settings.start_id,
+        end_id=model.config.sep_id if settings.end_id is None else settings.end_id,
+    )
+    _check_tokens("end_id", settings.end_id, model.config.vocab_size)
     ids = _start(model, memory, settings.start_id, settings.max_length, start_ids)
     searches = [Search(settings) for _ in range(len(ids))]
     running, width = list(range(len(ids))), 1
     cache = DecoderCache()
     for step in range(settings.max_length if running else 0):
         logits = model.decode(ids, None, memory if step == 0 else None, cache)[:, -1]
-        _check_tokens("end_id", settings.end_id, logits.shape[-1])
         continuations = _best(logits, settings.beams + (step < settings.min_length), step)
         rows: list[int] = []
         tokens: list[int] = []
@@ -71,15 +77,15 @@ def generate(
 
 @torch.no_grad()
 def rank_answers(
-    model: nn.Module, memory: Stream, answers: Sequence[Sequence[int]], start_id: int = 101, top: int = 128
+    model: nn.Module, memory: Stream, answers: Sequence[Sequence[int]], start_id: int | None = None, top: int = 128
 ) -> list[list[tuple[int, float]]]:
     """Rank given answers by their log-probability; only those whose first token is likeliest are looked at whole.
 
     Args:
-        model: with `decode`, in evaluation mode.
+        model: with `decode` and `config`, as MPlug has them, in evaluation mode.
         memory: what the decoder attends to, states (B, N, D).
         answers: tokens of each, without the start token and with the end token.
-        start_id: token before the first.
+        start_id: token before the first; None for the model's.
         top: how many answers are looked at whole.
 
     Returns:
@@ -97,7 +103,9 @@ def rank_answers(
     if not len(answers):
         raise FastPEFTError("there are no answers to rank")
     count = max(1, _ROWS // min(top, len(answers)))
+    start_id = model.config.cls_id if start_id is None else start_id
     tables = _padded(answers, memory.states.device)
+    _check_tokens("an answer", tables[0], model.config.vocab_size)
     found = []
     for begin in range(0, len(memory.states), count):
         mask = None if memory.mask is None else memory.mask[begin : begin + count]
@@ -113,7 +121,6 @@ def _rank(
     start = _start(model, memory, start_id, ids.shape[1], None)
     cache = DecoderCache()
     logits = model.decode(start, None, memory, cache)[:, -1]
-    _check_tokens("an answer", ids, logits.shape[-1])
     scores, chosen = _log_probabilities(logits)[:, ids[:, 0]].topk(min(top, len(ids)))
     if ids.shape[1] > 1:
         rows = torch.arange(len(start), device=ids.device).repeat_interleave(chosen.shape[1])
@@ -138,22 +145,20 @@ def _padded(answers: Sequence[Sequence[int]], device: torch.device) -> tuple[Ten
 
 def _start(model: nn.Module, memory: Stream, start_id: int, generated: int, start_ids: Tensor | None) -> Tensor:
     """Start tokens (B, n), if everything fits."""
-    if getattr(model, "training", False):
+    if model.training:
         raise FastPEFTError("the model is in training mode, where dropout would be part of the text: model.eval()")
     batch, device = len(memory.states), memory.states.device
     ids = torch.tensor([start_id]) if start_ids is None else start_ids
     shape = tuple(ids.shape)
     if ids.dtype not in (torch.int64, torch.int32) or shape[:-1] not in ((), (batch,)) or not (shape and shape[-1]):
         raise FastPEFTError(f"start_ids must be whole numbers (n,) or ({batch}, n), got {ids.dtype} {shape}")
-    config = getattr(model, "config", None)
-    if config is not None:
-        needed = shape[-1] + generated - 1
-        if needed > config.max_positions:
-            raise FastPEFTError(
-                f"{shape[-1]} start tokens and {generated} generated ones need {needed} positions, the model has "
-                f"{config.max_positions}"
-            )
-        _check_tokens("start_ids", ids, config.vocab_size)
+    needed = shape[-1] + generated - 1
+    if needed > model.config.max_positions:
+        raise FastPEFTError(
+            f"{shape[-1]} start tokens and {generated} generated ones need {needed} positions, the model has "
+            f"{model.config.max_positions}"
+        )
+    _check_tokens("start_ids", ids, model.config.vocab_size)
     return ids.to(device, torch.int64).expand(batch, -1)
 
 

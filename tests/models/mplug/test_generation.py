@@ -16,6 +16,7 @@ from fastpeft.models.mplug.stream import DecoderCache, LayerCache, Stream
 
 WIDTH = 6
 IMPOSSIBLE = -1e15
+START, END = 1, 0
 
 
 class Decoder:
@@ -33,6 +34,8 @@ class Decoder:
         if end is not None:
             self.bias[0] = end
         self.calls = []
+        self.config = SimpleNamespace(vocab_size=vocabulary, max_positions=20, cls_id=START, sep_id=END)
+        self.training = False
 
     def decode(self, ids, mask, memory, cache=None):
         assert mask is None
@@ -86,12 +89,12 @@ def plain_search(decoder, stream, s, start):
         logits = torch.stack([decoder.logits(torch.tensor([text]), stream)[0, -1] for text in texts])
         logp = logits.log_softmax(-1)
         if step < s.min_length:
-            logp[:, s.end_id] = -1e20
+            logp[:, END] = -1e20
         scores = (sums[:, None] + logp) / penalty
         for i, score in enumerate(frozen):
             if score is not None:
                 scores[i] = -math.inf
-                scores[i, s.end_id] = score
+                scores[i, END] = score
         best, places = scores.flatten().topk(s.beams)
         parents, tokens = places // logits.shape[1], places % logits.shape[1]
         previous, texts = texts, []
@@ -99,13 +102,13 @@ def plain_search(decoder, stream, s, start):
         for parent, token, score in zip(parents.tolist(), tokens.tolist(), best.tolist(), strict=True):
             kept = was_frozen[parent] is not None
             texts.append(previous[parent] + ([] if kept else [token]))
-            ended = token == s.end_id
+            ended = token == END
             frozen.append(score if ended and s.frozen_beams else None)
             if ended and not kept:
                 stored.append((texts[-1], score))
         sums = best * penalty
-        if tokens[0] == s.end_id or step + 1 == s.max_length:
-            stored += [(t, v) for t, v, n in zip(texts, best.tolist(), tokens, strict=True) if n != s.end_id]
+        if tokens[0] == END or step + 1 == s.max_length:
+            stored += [(t, v) for t, v, n in zip(texts, best.tolist(), tokens, strict=True) if n != END]
             break
     found = [(tuple(text[len(start) :]), score) for text, score in stored if score > IMPOSSIBLE]
     return sorted(found, key=lambda pair: -pair[1])
@@ -117,7 +120,7 @@ def same(got, expected):
 
 
 SEARCHES = [
-    Generation(beams=beams, min_length=low, max_length=high, frozen_beams=frozen, alpha=alpha, start_id=1, end_id=0)
+    Generation(beams=beams, min_length=low, max_length=high, frozen_beams=frozen, alpha=alpha)
     for beams, low, high, frozen, alpha in [
         (1, 1, 6, False, 0.6),
         (2, 0, 6, False, 0.6),
@@ -151,8 +154,8 @@ def test_search_is_the_plain_search(settings):
 
 
 def test_the_switch_matters():
-    settings = Generation(beams=3, min_length=0, max_length=8, start_id=1, end_id=0)
-    frozen = Generation(beams=3, min_length=0, max_length=8, frozen_beams=True, start_id=1, end_id=0)
+    settings = Generation(beams=3, min_length=0, max_length=8)
+    frozen = Generation(beams=3, min_length=0, max_length=8, frozen_beams=True)
     assert any(
         generate(Decoder(seed), memory(1), settings)[0][0] != generate(Decoder(seed), memory(1), frozen)[0][0]
         for seed in range(20)
@@ -170,7 +173,7 @@ def constant(probabilities):
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("low", [0, 1, 4])
 def test_the_end_comes_behind_min_length_tokens(beams, low):
-    settings = Generation(beams=beams, min_length=low, max_length=9, start_id=1, end_id=0)
+    settings = Generation(beams=beams, min_length=low, max_length=9)
     best = generate(constant([0.9, 0.07, 0.03]), memory(1), settings)[0][0]
     assert best.ids == (1,) * low + (0,)
     total = math.log(0.9) + low * math.log(0.07)
@@ -181,7 +184,7 @@ def test_the_end_comes_behind_min_length_tokens(beams, low):
 @pytest.mark.parametrize("high", [1, 2, 7])
 def test_there_are_max_length_tokens_and_no_more(beams, high):
     decoder = constant([1e-9, 0.8, 0.2])
-    settings = Generation(beams=beams, min_length=0, max_length=high, start_id=1, end_id=0)
+    settings = Generation(beams=beams, min_length=0, max_length=high)
     found = generate(decoder, memory(1), settings)[0]
     assert {len(h.ids) for h in found if h.ids[-1] != 0} == {high}
     assert found[0].ids == (1,) * high
@@ -192,7 +195,7 @@ def test_there_are_max_length_tokens_and_no_more(beams, high):
 def test_length_penalty_decides():
     # One token, log .3; or four, 4 log .7: -1.204 and -1.427, but -1.204 and -1.119 with penalty.
     for alpha, expected in ((0.0, (0,)), (0.6, (1, 1, 1, 1))):
-        settings = Generation(beams=16, min_length=0, max_length=4, alpha=alpha, early_stop=False, start_id=1, end_id=0)
+        settings = Generation(beams=16, min_length=0, max_length=4, alpha=alpha, early_stop=False)
         assert generate(constant([0.3, 0.7]), memory(1), settings)[0][0].ids == expected
 
 
@@ -222,8 +225,6 @@ def test_enough_beams_find_the_best_of_all_sentences(alpha, early, low):
         alpha=alpha,
         frozen_beams=True,
         early_stop=early,
-        start_id=1,
-        end_id=0,
     )
     for seed in range(4):
         decoder, stream = Decoder(seed, vocabulary=4, sharpness=1.0), memory(1, seed)
@@ -238,7 +239,7 @@ def test_without_early_stop_longer_ones_may_win():
     for seed in range(30):
         decoder, stream = Decoder(seed, sharpness=1.5), memory(1, seed)
         both = [
-            generate(decoder, stream, Generation(beams=4, max_length=8, early_stop=early, start_id=1, end_id=0))[0][0]
+            generate(decoder, stream, Generation(beams=4, max_length=8, early_stop=early))[0][0]
             for early in (True, False)
         ]
         assert both[1].score >= both[0].score
@@ -249,7 +250,7 @@ def test_without_early_stop_longer_ones_may_win():
 @pytest.mark.parametrize("beams", [1, 4])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_neither_order_nor_company_nor_padding_changes_a_result(beams, frozen):
-    settings = Generation(beams=beams, min_length=1, max_length=9, frozen_beams=frozen, start_id=1, end_id=0)
+    settings = Generation(beams=beams, min_length=1, max_length=9, frozen_beams=frozen)
     decoder, stream = Decoder(3), memory(9)
     together = generate(decoder, stream, settings)
     assert len({len(found[0].ids) for found in together}) > 1, "all end at once"
@@ -268,7 +269,7 @@ def test_neither_order_nor_company_nor_padding_changes_a_result(beams, frozen):
 
 def test_finished_examples_leave_the_batch():
     decoder = Decoder(3)
-    settings = Generation(beams=4, max_length=9, start_id=1, end_id=0)
+    settings = Generation(beams=4, max_length=9)
     found = generate(decoder, memory(9), settings)
     rows = [rows for rows, _ in decoder.calls]
     assert rows[0] == 9, "one row an example before the first token"
@@ -287,13 +288,13 @@ def test_the_cache_moves_only_where_it_must(beams, monkeypatch):
             DecoderCache, name, lambda self, index, name=name, move=move: (moves.append(name), move(self, index))
         )
     never = Decoder(3, end=-1e9)
-    generate(never, memory(3), Generation(beams=beams, max_length=6, start_id=1, end_id=0))
+    generate(never, memory(3), Generation(beams=beams, max_length=6))
     assert "reorder_memory" not in moves
     assert bool(moves) == (beams > 1), "greedy search reorders nothing"
 
 
 def test_start_tokens():
-    settings = Generation(beams=3, max_length=6, start_id=1, end_id=0)
+    settings = Generation(beams=3, max_length=6)
     decoder, stream = Decoder(5), memory(4)
     for start in ([1], [1, 4, 2], [1, 0, 3]):
         got = generate(decoder, stream, settings, torch.tensor(start))
@@ -317,7 +318,7 @@ ANSWERS = [(2, 0), (2, 3, 0), (4, 0), (3, 3, 3, 0), (0,), (5, 1, 0), (2, 2, 0)]
 def test_ranking(top, monkeypatch):
     monkeypatch.setattr("fastpeft.models.mplug.generation._ROWS", 7)
     decoder, stream = Decoder(2, sharpness=1.0), memory(5)
-    for example, got in enumerate(rank_answers(decoder, stream, ANSWERS, start_id=1, top=top)):
+    for example, got in enumerate(rank_answers(decoder, stream, ANSWERS, top=top)):
         no_penalty = Generation(alpha=0.0)
         alone = one(stream, example)
         first = [score(decoder, ids[:1], no_penalty, alone) for ids in ANSWERS]
@@ -354,7 +355,7 @@ def test_presets():
     vqa, captions = Generation.vqa(), Generation.captions(beams=1)
     assert (vqa.beams, vqa.min_length, vqa.max_length, vqa.alpha) == (5, 1, 10, 0.6)
     assert (captions.beams, captions.min_length, captions.max_length) == (1, 8, 25)
-    assert (vqa.start_id, vqa.end_id, vqa.frozen_beams) == (101, 102, False)
+    assert (vqa.frozen_beams, vqa.early_stop) == (False, True)
     # lp(0) = 1, and the exponent is the published one.
     assert vqa.penalty(0) == 1 and vqa.penalty(6) == pytest.approx(2**0.6)
 
@@ -366,7 +367,7 @@ def fails(line, call):
 
 
 def test_what_cannot_be_generated():
-    stream, settings = memory(2), Generation(beams=2, start_id=1, end_id=0)
+    stream, settings = memory(2), Generation(beams=2)
     decoder = Decoder(0)
     fails(
         "start_ids must be whole numbers (n,) or (2, n)",
@@ -375,7 +376,10 @@ def test_what_cannot_be_generated():
     fails("start_ids must be", lambda: generate(decoder, stream, settings, torch.ones(2, 0).long()))
     fails("start_ids must be", lambda: generate(decoder, stream, settings, torch.tensor(1)))
     fails("start_ids must be", lambda: generate(decoder, stream, settings, torch.ones(2, 1)))
-    fails("end_id has token 102, but the model's vocabulary has 6", lambda: generate(decoder, stream, Generation(start_id=1)))
+    fails(
+        "end_id has token 102, but the model's vocabulary has 6",
+        lambda: generate(decoder, stream, Generation(end_id=102)),
+    )
     fails(
         "after 0 of at least 1 tokens every token but the end has probability 0",
         lambda: generate(constant([1.0, 0.0, 0.0]), stream, settings),
@@ -383,8 +387,8 @@ def test_what_cannot_be_generated():
     broken = Decoder(0)
     broken.bias[2] = math.nan
     fails("not numbers after 0 generated tokens", lambda: generate(broken, stream, settings))
-    fails("not numbers", lambda: rank_answers(broken, stream, ANSWERS, start_id=1))
-    decoder.config = SimpleNamespace(vocab_size=6, max_positions=10)
+    fails("not numbers", lambda: rank_answers(broken, stream, ANSWERS))
+    decoder.config.max_positions = 10
     generate(decoder, stream, settings, torch.tensor([1]))
     fails(
         "2 start tokens and 10 generated ones need 11 positions, the model has 10",
@@ -399,8 +403,8 @@ def test_what_cannot_be_generated():
     fails("there are no answers", lambda: rank_answers(decoder, stream, []))
     fails("answer 1 has no token", lambda: rank_answers(decoder, stream, [(2, 0), ()]))
     fails("top must be a whole number from 1 on", lambda: rank_answers(decoder, stream, ANSWERS, top=0))
-    fails("an answer has token 9, but", lambda: rank_answers(decoder, stream, [(9, 0)], start_id=1))
-    fails("an answer has token -1, but", lambda: rank_answers(decoder, stream, [(-1, 0)], start_id=1))
+    fails("an answer has token 9, but", lambda: rank_answers(decoder, stream, [(9, 0)]))
+    fails("an answer has token -1, but", lambda: rank_answers(decoder, stream, [(-1, 0)]))
 
 
 def test_half_precision_logits_are_added_up_in_single():
