@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
+import fastpeft
+from bench.literal.mplug import apply_to_mplug
 from fastpeft.errors import FastPEFTError
 from fastpeft.models.mplug import DecoderCache, Generation, MPlug, MPlugConfig, Stream, rank_answers
 from tests.models.mplug.test_generation import plain_search, same
@@ -148,11 +152,49 @@ def test_the_models_positions(model, memory):
 
 
 def test_bf16(model, memory):
-    half = MPlug.from_config(CONFIG).eval()
-    half.load_state_dict(model.state_dict())
-    stream = Stream(memory.states.float(), memory.mask)
+    half = copy.deepcopy(model).bfloat16()
     settings = Generation(beams=3, max_length=6)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = half.generate(stream, settings)
-    assert all(h.score <= 0 for one in found for h in one)
-    assert {found[i][0].ids[0] for i in range(4)} & {one[0].ids[0] for one in model.generate(memory, settings)}
+    found = half.generate(Stream(memory.states.bfloat16(), memory.mask), settings)
+    for example in range(4):
+        for ids, value in found[example]:
+            text = torch.tensor([[START, *ids]])
+            logp = Uncached(model).logits(text[:, :-1], part(memory, example)).log_softmax(-1)
+            exact = logp.gather(2, text[:, 1:, None]).sum().item() / settings.penalty(len(ids) - 1)
+            assert value == pytest.approx(exact, rel=0.1, abs=0.15)
+
+
+METHODS = {
+    "prompt": fastpeft.PromptTuning(3),
+    "prefix": fastpeft.PrefixTuning(4, form="hidden"),
+    "lora": fastpeft.LoRA(2, targets=("q", "k")),
+    "serial": fastpeft.SerialAdapter(6, locations=("attn", "cross", "ffn")),
+    "parallel": fastpeft.ParallelAdapter(6),
+}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+def test_patched_with_caches_is_the_literal_one_without(model, memory, method):
+    literal = apply_to_mplug(copy.deepcopy(model), method).double()
+    patched = fastpeft.patch(copy.deepcopy(model), method, backend="reference").double()
+    ours = dict(patched.named_parameters())
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, p in literal.named_parameters():
+            if p.requires_grad:
+                p.normal_(std=0.5)
+                ours[name].copy_(p)
+    settings = Generation(beams=3, min_length=1, max_length=7)
+    found = patched.generate(memory, settings)
+    for example in range(4):
+        same(found[example], plain_search(Uncached(literal), part(memory, example), settings, [START]))
+    assert found != model.generate(memory, settings), "the method says nothing"
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_patching_changes_no_text(model, memory, beams):
+    plain = copy.deepcopy(model).float()
+    stream, settings = Stream(memory.states.float(), memory.mask), Generation(beams=beams, max_length=9)
+    expected = plain.generate(stream, settings)
+    for got, wanted in zip(fastpeft.patch(plain).generate(stream, settings), expected, strict=True):
+        assert [h.ids for h in got] == [h.ids for h in wanted]
+        assert [h.score for h in got] == pytest.approx([h.score for h in wanted], rel=1e-4)
