@@ -104,10 +104,10 @@ def decoder(size: Size, device: torch.device | str = "cpu") -> MPlug:
         sep_id=2,
     )
     model = MPlug.from_config(config).requires_grad_(False).eval()
-    # Fresh weights hardly look at the memory, and call all words equally likely.
+    # Fresh weights hardly look at the memory, and call all words equally likely: deviation 1.5 / sqrt(width) for 0.02.
     for p in model.text_decoder.parameters():
         if p.dim() > 1:
-            p.mul_(2.0)
+            p.mul_(75 / size.width**0.5)
     return model.to(device)
 
 
@@ -169,11 +169,13 @@ def hugging_face(model: MPlug, memory: Stream, settings: Generation) -> Texts:
         "num_beams": settings.beams,
         "min_new_tokens": settings.min_length,
         "max_new_tokens": settings.max_length,
-        "length_penalty": settings.alpha,
         "do_sample": False,
         "pad_token_id": config.pad_id,
         "eos_token_id": config.sep_id,
     }
+
+    if settings.beams > 1:
+        options["length_penalty"] = settings.alpha
 
     def texts() -> Tensor:
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())

@@ -36,7 +36,7 @@ def test_measured_in_turns():
     assert base["ratio"] == 1 and base["same_texts"] == 1
     lines = generation.render(records).splitlines()
     assert "2 layers, 32 wide, vocabulary 40; 3 memories of 9 rows, 5 tokens, bf16" in lines[0]
-    assert [line.split("  ")[-0].strip() for line in lines[2:6]] == ["5"] * 4
+    assert [line.split()[0] for line in lines[2:6]] == ["5"] * 4
     assert all(who in line for who, line in zip(WHO, lines[2:6], strict=True))
 
 
