@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from bench import generation
 from bench.cost import compare
 from bench.cost.session import Session, add_options
 from bench.cost.table import render
@@ -16,8 +17,9 @@ _FLEETING = ("node", "cpu", "release", "python_build")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options of the cost table."""
+    """Options of the cost table, and of generation."""
     add_options(parser)
+    generation.add_options(parser)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -72,7 +74,8 @@ def pytest_benchmark_compare_machine_info(config: pytest.Config, compared_benchm
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """The table, and ratios beside those of the run that is compared."""
+    """The tables, and ratios beside those of the run that is compared."""
+    generation.write_table(terminalreporter, config)
     session = Session.begun(config)
     if session is None or not session.records:
         return

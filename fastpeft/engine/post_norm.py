@@ -31,7 +31,8 @@ class KeyCache(Protocol):
     """Keys and values that a causal block keeps from call to call.
 
     Attributes:
-        memory_k, memory_v: of the memory, (B, H, N, D), or None before the first call.
+        memory_k, memory_v: of the memory, (B, H, N, D), or None before the first call. Of fewer samples than x has,
+            each belongs to as many of them that lie side by side.
     """
 
     memory_k: Tensor | None
@@ -118,16 +119,17 @@ class PostNormRun(BlockRun):
 
     def _cross_attention(self, x: Tensor, memory: Tensor, mask: Tensor | None, cache: KeyCache | None) -> Tensor:
         (q,) = packed.rows(self, ("cross_q",), x) or [self._linear("cross_q", x)]
-        q = self._heads(q)
         drop = child(self.block, self.spec.inner["cross_drop"])
         lengths, dropout = lengths_of(mask), drop.p if drop.training else 0.0
         seen = None if lengths is not None else visible(mask)
         if cache is None and not dropout:
-            y = packed.attend_to_memory(self, q, memory, seen, lengths)
+            y = packed.attend_to_memory(self, self._heads(q), memory, seen, lengths)
             if y is not None:
                 return y
         k, v = _of_memory(cache, lambda: self._memory_keys_values(memory))
-        return self._attend(q, k, v, (None, None), seen, False, dropout, lengths)
+        # To a memory that several samples share, they are queries of one.
+        q = self._heads(q.reshape(k.shape[0], -1, q.shape[-1]))
+        return self._attend(q, k, v, (None, None), seen, False, dropout, lengths).reshape(*x.shape[:2], -1)
 
     def _memory_keys_values(self, memory: Tensor) -> list[Tensor]:
         roles = ("cross_k", "cross_v")

@@ -51,10 +51,15 @@ class SelfAttention(nn.Module):
         return self.heads(self.key(x)), self.heads(self.value(x))
 
     def attend(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """The rows of x (B, M, H D) attend; mask (B or 1, 1, M or 1, N), True where they may."""
+        """The rows of x (B, M, H D) attend; mask (B or 1, 1, M or 1, N), True where they may.
+
+        k and v may have fewer samples, each of which belongs to as many of x that lie side by side: a memory's beams.
+        """
         dropout = self.dropout.p if self.training else 0.0
-        y = F.scaled_dot_product_attention(self.heads(self.query(x)), k, v, attn_mask=mask, dropout_p=dropout)
-        return y.transpose(1, 2).flatten(2)
+        q = self.query(x)
+        q = self.heads(q.reshape(k.shape[0], -1, q.shape[-1]))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return y.transpose(1, 2).reshape(*x.shape[:2], -1)
 
 
 class Output(nn.Module):

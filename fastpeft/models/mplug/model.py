@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from fastpeft._compat import import_timm
 from fastpeft.errors import FastPEFTError
+from fastpeft.models.mplug.beams import Generation, Hypothesis
 from fastpeft.models.mplug.config import MPlugConfig
+from fastpeft.models.mplug.generation import generate
 from fastpeft.models.mplug.stacks import FusionEncoder, TextDecoder, TextEncoder
 from fastpeft.models.mplug.stream import DecoderCache, LayerCache, Stream, join
 
@@ -190,6 +192,10 @@ class MPlug(nn.Module):
         if memory is None and not (cache and cache.layers):
             raise FastPEFTError("the decoder needs a memory, or a cache that has seen one")
         return self.text_decoder.logits(self.hidden(ids, mask, memory, cache))
+
+    def generate(self, memory: Stream, settings: Generation, start_ids: Tensor | None = None) -> list[list[Hypothesis]]:
+        """Hypotheses of each example, best first; see `fastpeft.models.mplug.generation.generate`."""
+        return generate(self, memory, settings, start_ids)
 
     # Losses.
 

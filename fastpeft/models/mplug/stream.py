@@ -84,12 +84,19 @@ class DecoderCache:
         Args:
             index: int64, any number of positions in the present batch, some perhaps twice.
         """
-        for layer in self.layers:
-            for name in ("k", "v", "memory_k", "memory_v"):
-                t = getattr(layer, name)
-                if t is not None:
-                    setattr(layer, name, t.index_select(0, index))
-        for name in ("mask", "memory_mask"):
-            t = getattr(self, name)
+        self.reorder_text(index)
+        self.reorder_memory(index)
+
+    def reorder_text(self, index: Tensor) -> None:
+        """The same for the tokens alone: rows that lie side by side may share a row of the memory, all as many."""
+        self._reorder(index, ("k", "v"), "mask")
+
+    def reorder_memory(self, index: Tensor) -> None:
+        """The same for the memory alone."""
+        self._reorder(index, ("memory_k", "memory_v"), "memory_mask")
+
+    def _reorder(self, index: Tensor, names: tuple[str, str], mask: str) -> None:
+        for owner, name in [*((layer, name) for layer in self.layers for name in names), (self, mask)]:
+            t = getattr(owner, name)
             if t is not None:
-                setattr(self, name, t.index_select(0, index))
+                setattr(owner, name, t.index_select(0, index))
