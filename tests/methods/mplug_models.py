@@ -48,12 +48,9 @@ def outputs(model: MPlug, dtype=torch.float64) -> dict[str, torch.Tensor]:
 
 
 def assert_same(found: dict, expected: dict, rtol=1e-9, atol=1e-10) -> None:
-    """Losses are fp32 whatever the model is."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        least = (1e-5, 1e-6) if value.dtype == torch.float32 and rtol else (0, 0)
-        tolerance = {"rtol": max(rtol, least[0]), "atol": max(atol, least[1])}
-        close(found[name], value, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
+        close(found[name], value, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def step(model: MPlug, seed: int = 0) -> dict[str, torch.Tensor]:

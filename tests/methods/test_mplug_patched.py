@@ -144,7 +144,7 @@ def test_a_plain_patch_changes_nothing():
     model = make(dropout=0.0, attention_dropout=0.0).double()
     twin = fastpeft.patch(copy.deepcopy(model))
     assert model.state_dict().keys() == twin.state_dict().keys()
-    assert_same(step(twin), step(model), rtol=1e-5, atol=1e-7)
+    assert_same(step(twin), step(model))
     assert isinstance(twin, MPlug) and isinstance(twin.text_encoder.encoder.layer[0], BertLayer)
 
 

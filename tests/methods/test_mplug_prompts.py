@@ -81,7 +81,7 @@ def test_order_and_padding(name):
     expected = losses(given.images, given.ids, given.mask, given.text)
     order = torch.tensor([1, 2, 0])
     found = losses(given.images[order], given.ids[order], given.mask[order], given.text[order])
-    close(found, expected[order], rtol=1e-6, atol=1e-6)
+    close(found, expected[order], rtol=1e-9, atol=1e-10)
     alone = [
         losses(
             given.images[i : i + 1],
@@ -91,4 +91,4 @@ def test_order_and_padding(name):
         )
         for i in range(3)
     ]
-    close(torch.cat(alone), expected, rtol=1e-6, atol=1e-6)
+    close(torch.cat(alone), expected, rtol=1e-9, atol=1e-10)

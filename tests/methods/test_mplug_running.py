@@ -8,7 +8,7 @@ from torch import nn
 
 import fastpeft
 from fastpeft.models.mplug import DecoderCache
-from tests.methods.mplug_models import FEW, METHODS, assert_same, close, patched, step
+from tests.methods.mplug_models import FEW, METHODS, assert_same, close, greedy, outputs, patched, step
 from tests.methods.test_mplug import twins
 from tests.models.mplug.tiny import batch, make
 from tests.tiny import randomise
@@ -133,3 +133,37 @@ def test_compiled_loss(name, compiler):
         assert (one is None) == (other is None)
         if one is not None:
             close(one, other)
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix", "lora"])
+def test_inference_mode(name):
+    model, expected = patched(name).eval(), outputs(patched(name).eval())
+    with torch.inference_mode():
+        found = outputs(model)
+        text = greedy(model, cached=True)
+    assert_same({n: t.clone() for n, t in found.items()}, expected)
+    assert torch.equal(text, greedy(model, cached=False))
+
+
+def test_a_mask_that_is_changed_is_looked_at_again():
+    model, given = patched("lora").eval(), batch(dtype=torch.float64)
+    mask = given.mask.clone()
+    model.encode_text(given.ids, mask)
+    mask[0, 3:] = False
+    expected = model.encode_text(given.ids, mask.clone()).states
+    close(model.encode_text(given.ids, mask).states, expected)
+    with torch.inference_mode():
+        mask = given.mask.clone()
+        model.encode_text(given.ids, mask)
+        mask[0, 3:] = False
+        close(model.encode_text(given.ids, mask).states, expected)
+
+
+@pytest.mark.parametrize("hole", [(0, 2), (1, 0)])
+def test_masks_with_holes(hole):
+    literal, model = twins(METHODS["prefix and lora"])
+    given = batch(dtype=torch.float64)
+    given.mask[hole] = False
+    image = model.encode_image(given.images)
+    found, expected = (each.memory(image, given.ids, given.mask) for each in (model, literal))
+    close(found.states[found.mask], expected.states[expected.mask])

@@ -171,7 +171,7 @@ class MPlug(nn.Module):
             mask: bool (B, M), which tokens are text; None: all that are not the padding token.
 
         Returns:
-            A scalar, fp32.
+            A scalar, at least fp32.
         """
         losses, real = self.token_losses(ids, memory, mask)
         return losses.sum() / real.sum().clamp(min=1)
@@ -191,7 +191,7 @@ class MPlug(nn.Module):
             mask: as of `caption_loss`.
 
         Returns:
-            A scalar, fp32.
+            A scalar, at least fp32.
 
         Raises:
             FastPEFTError: numbers of answers, weights, counts and questions that do not go together.
@@ -211,7 +211,7 @@ class MPlug(nn.Module):
         return (losses.sum(1) * weights.to(losses.dtype)).sum() / len(counts)
 
     def token_losses(self, ids: Tensor, memory: Stream, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """-log p of every token but the first, 0 where there is none, fp32 (B, M - 1), and bool (B, M - 1) where.
+        """-log p of every token but the first, 0 where there is none, (B, M - 1), and bool (B, M - 1) where.
 
         Text is filled up behind its end, so that causality keeps what is real from seeing what is not, and only the
         states that predict a real token meet the vocabulary.
