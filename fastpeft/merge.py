@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastpeft.engine.block import BlockState
 from fastpeft.engine.description import child
-from fastpeft.engine.extensions import FixedKeyValues, KeyValues, LowRanks, Prompts
+from fastpeft.engine.extensions import FixedKeyValues, InputPrompts, KeyValues, LowRanks, Prompts
 from fastpeft.engine.linear import is_plain
 from fastpeft.engine.post_norm import block_run
 from fastpeft.engine.view import BlockView
@@ -69,6 +69,8 @@ def _refusals(block: BlockView) -> list[str]:
                 layer = child(block.module, block.spec.roles[role].path)
                 if not is_plain(layer):
                     found.append(f"{block.path}.{name}.{role}: its base is a {type(layer).__name__}")
+        elif isinstance(extension, InputPrompts):
+            found.append(f"{block.path}.{name}: rows before the input of a stack are rows of every text")
         elif not isinstance(extension, (Prompts, KeyValues)):
             found.append(f"{block.path}.{name}: a {type(extension).__name__} is not linear")
     return found

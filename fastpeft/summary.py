@@ -85,7 +85,8 @@ def summary(model: nn.Module) -> Summary:
         packed += sum(packs.bytes for packs in packs_of(host))
         for block in view_of(host).blocks:
             path = prefix + block.path
-            what = ["attention"] + ([] if block.spec.opaque_mlp else ["mlp"])
+            what = ["attention"] + ["cross-attention"] * bool(block.spec.cross)
+            what += [] if block.spec.opaque_mlp else ["mlp"]
             fused.append((path, " + ".join(what + list(block.module.fastpeft_block.extensions))))
             looked_into |= {f"{path}.{place.path}" for place in block.spec.roles.values()}
             left += _left_alone(path, block)

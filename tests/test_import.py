@@ -30,6 +30,15 @@ print([name for name in {OPTIONAL} if name in sys.modules and name not in before
     assert run(code) == "[]"
 
 
+def test_families_load_no_model_of_theirs():
+    code = """
+import sys, fastpeft
+from fastpeft.models.families import families
+print(families(), sorted(name for name in sys.modules if name in ("timm", "fastpeft.models.mplug")))
+"""
+    assert run(code) == "[] []"
+
+
 def test_cuda_is_not_started():
     assert run("import torch, fastpeft, fastpeft._native; print(torch.cuda.is_initialized())") == "False"
 

@@ -211,13 +211,17 @@ def lengths_of(mask: Tensor | None) -> Tensor | None:
     """
     if mask is None or mask.device.type != "cpu" or torch.compiler.is_compiling():
         return None
-    known = getattr(mask, "_fastpeft_lengths", None)
+    # A tensor of inference mode has no version that would tell of a change: it is looked at every time.
+    remembers = not mask.is_inference()
+    known = getattr(mask, "_fastpeft_lengths", None) if remembers else None
     if known is not None and known[0] == mask._version:
         return known[1]
     lengths = mask.sum(1, dtype=torch.int32)
     padded = bool((lengths > 0).all()) and torch.equal(mask, torch.arange(mask.shape[1]) < lengths[:, None])
-    mask._fastpeft_lengths = (mask._version, lengths if padded else None)
-    return mask._fastpeft_lengths[1]
+    found = lengths if padded else None
+    if remembers:
+        mask._fastpeft_lengths = (mask._version, found)
+    return found
 
 
 def visible(

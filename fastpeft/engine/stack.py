@@ -116,12 +116,24 @@ def run_blocks(
     return x
 
 
-def call_block(block: nn.Module, x: Tensor, options: dict, checkpointing: bool) -> Tensor:
-    """Call a block; what the engine tells it besides stays away from hooks and replaced forwards, which expect x."""
+def call_block(
+    block: nn.Module, x: Tensor, options: dict, checkpointing: bool | None, inputs: dict | None = None
+) -> Tensor:
+    """Call a block.
+
+    Args:
+        block: adopted or not.
+        x: (B, N, d).
+        options: what the engine tells it besides; stays away from hooks and replaced forwards, which expect x.
+        checkpointing: run the block again in the backward pass; False leaves that to what the host's `memory` says,
+            and None forbids it.
+        inputs: what the model's own code gives to the block besides x.
+    """
     if replaced(block) or not isinstance(block, Adopted):
         options = {}
-    if isinstance(block, Adopted):
+    if isinstance(block, Adopted) and checkpointing is not None:
         checkpointing = checkpointing or block.fastpeft_block.host.memory == "small"
+    options = {**(inputs or {}), **options}
     options = {name: value for name, value in options.items() if value is not None}
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, x, **options, use_reentrant=False)

@@ -76,6 +76,7 @@ class ModelView:
         self.spec = spec
         self.blocks = [BlockView(i, path, host.get_submodule(path), b) for i, (path, b) in enumerate(spec.blocks)]
         self.carried = [0] * len(self.blocks)
+        self._every_block = self.blocks
 
     def of(self, stacks: tuple[str, ...] | None) -> ModelView:
         """The same model with the blocks of these stacks only; of all for None.
@@ -137,10 +138,11 @@ class ModelView:
         return [self.host.get_submodule(name) for name in self.spec.final]
 
     def backbone(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every parameter that is neither the head's nor a method's."""
-        added = method_tensors(self.host, self.blocks)
+        """Every parameter that is neither the head's nor a method's; of chosen stacks, those of their blocks."""
+        added = method_tensors(self.host, self._every_block)
+        chosen = "" if self.blocks is self._every_block else tuple(f"{block.path}." for block in self.blocks)
         for name, parameter in self.host.named_parameters():
-            if name not in added and name.split(".")[0] not in self.spec.heads:
+            if name not in added and name.split(".")[0] not in self.spec.heads and name.startswith(chosen):
                 yield name, parameter
 
     def carry(self, first: int, last: int, length: int) -> None:

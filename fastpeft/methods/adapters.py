@@ -34,6 +34,7 @@ class Adapter(Method):
     init: str = "normal"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(is_count(self.reduction), f"Adapter: reduction must be a positive integer, got {self.reduction!r}")
         check(self.init in ("normal", "released"), f"Adapter: init must be 'normal' or 'released', got {self.init!r}")
 
@@ -82,6 +83,7 @@ class SerialAdapter(Method):
     locations: tuple[str, ...] = _LOCATIONS
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_adapter(self)
 
     def attach(self, model: ModelView) -> None:
@@ -117,6 +119,7 @@ class ParallelAdapter(Method):
     locations: tuple[str, ...] = _LOCATIONS
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_adapter(self)
         check(isinstance(self.skip, bool), f"ParallelAdapter: skip must be True or False, got {self.skip!r}")
         check(is_number(self.scale), f"ParallelAdapter: scale must be a finite number, got {self.scale!r}")

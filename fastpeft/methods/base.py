@@ -28,7 +28,7 @@ class Method:
         backbone_dropout: train with the backbone's own dropout and stochastic depth. Off for everything but full
             fine-tuning, as in the VPT paper's protocol.
         stacks: of a model with several stacks of blocks (mPLUG's "text", "fusion" and "decoder"), those that the method
-            acts on; None for all.
+            acts on; one may be a string. None for all.
     """
 
     name: ClassVar[str] = ""
@@ -40,6 +40,18 @@ class Method:
         if cls.name:
             REGISTRY[cls.name] = cls
 
+    def __post_init__(self) -> None:
+        """Checks what every method has; a subclass with a `__post_init__` of its own calls this one."""
+        if self.stacks is None:
+            return
+        stacks = names(self.stacks)
+        sound = bool(stacks) and all(isinstance(stack, str) and stack for stack in stacks)
+        check(
+            sound and len(set(stacks)) == len(stacks),
+            f"{type(self).__name__}: stacks must be names of stacks, each once, or None, got {self.stacks!r}",
+        )
+        object.__setattr__(self, "stacks", stacks)
+
     def attach(self, model: ModelView) -> None:
         """Add the method's tensors to the model and mark what it trains.
 
@@ -50,8 +62,7 @@ class Method:
 
     def enter(self, model: ModelView) -> None:
         """`attach` to the stacks that the method is for."""
-        stacks = None if self.stacks is None else names(self.stacks)
-        self.attach(model.of(stacks))
+        self.attach(model.of(None if self.stacks is None else names(self.stacks)))
 
     def parts(self) -> tuple[Method, ...]:
         """The methods of a sum; a method alone is its own only part."""
@@ -84,6 +95,7 @@ class Methods(Method):
     methods: tuple[Method, ...]
 
     def __post_init__(self) -> None:
+        check(self.stacks is None, f"a sum has no stacks of its own, its methods have, got {self.stacks!r}")
         names = [method.name for method in self.methods]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

@@ -21,6 +21,10 @@ class Classifier(Method):
     name: ClassVar[str] = "classifier"
     part: str = "head"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(isinstance(self.part, str), f"Classifier: part must be a name such as 'head', got {self.part!r}")
+
     def attach(self, model: ModelView) -> None:
         known = model.spec.classifiers
         check(

@@ -38,6 +38,7 @@ class LoRA(Method):
     heads: str = "joint"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         targets = names(self.targets)
         object.__setattr__(self, "targets", targets)
         check(is_count(self.rank), f"LoRA: rank must be a positive integer, got {self.rank!r}")

@@ -29,6 +29,7 @@ class MLPHead(Method):
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(is_count(self.k, 2), f"MLPHead: k must be an integer of at least 2, got {self.k!r}")
         check(is_probability(self.dropout), f"MLPHead: dropout must be in [0, 1), got {self.dropout!r}")
 

@@ -21,6 +21,7 @@ class Partial(Method):
     k: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(is_count(self.k), f"Partial: k must be a positive integer, got {self.k!r}")
 
     def attach(self, model: ModelView) -> None:

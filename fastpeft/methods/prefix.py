@@ -35,6 +35,7 @@ class PrefixTuning(Method):
     mlp: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(is_count(self.length), f"PrefixTuning: length must be a positive integer, got {self.length!r}")
         check(self.form in ("kv", "hidden"), f"PrefixTuning: form must be 'kv' or 'hidden', got {self.form!r}")
         check(self.mlp is None or is_count(self.mlp), f"PrefixTuning: mlp must be a width or None, got {self.mlp!r}")

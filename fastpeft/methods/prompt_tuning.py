@@ -30,6 +30,7 @@ class PromptTuning(Method):
     length: int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(is_count(self.length), f"PromptTuning: length must be a positive integer, got {self.length!r}")
 
     def attach(self, model: ModelView) -> None:

@@ -52,6 +52,7 @@ class VPT(Method):
     trained: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(is_count(self.length), f"VPT: length must be a positive integer, got {self.length!r}")
         check(isinstance(self.deep, bool), f"VPT: deep must be True or False, got {self.deep!r}")
         check(

@@ -15,6 +15,7 @@ from tests.tiny import METHODS, vit
 NO_COUNT = (0, -1, 1.5, "3", True, None)
 NO_RATE = (-0.1, 1.0, 2, "0.1", True, float("nan"))
 NO_FLAG = (1, "yes", None)
+NO_STACKS = ((), [], "", (1,), 5, ("text", None), ("text", "text"), {"text": 1}, [["text"]])
 
 BAD = {
     ("VPT", "length"): NO_COUNT,
@@ -32,6 +33,10 @@ BAD = {
     ("LoRA", "alpha"): (0, -1, "8", True, float("nan"), float("inf")),
     ("LoRA", "targets"): ((), ("q", "q"), 5, (1, 2), [["q"]], None),
     ("LoRA", "dropout"): (*NO_RATE, None),
+    ("LoRA", "cross"): NO_FLAG,
+    ("LoRA", "heads"): ("own", None, 12, ["each"]),
+    ("PromptTuning", "length"): NO_COUNT,
+    ("Classifier", "part"): (None, 1, ["head"], True),
     ("Adapter", "reduction"): NO_COUNT,
     ("Adapter", "init"): ("zero", None),
     ("SerialAdapter", "hidden"): NO_COUNT,
@@ -45,6 +50,7 @@ BAD = {
     ("Partial", "k"): NO_COUNT,
     ("MLPHead", "k"): (*NO_COUNT, 1),
     ("MLPHead", "dropout"): (*NO_RATE, None),
+    **{(cls.__name__, "stacks"): NO_STACKS for cls in REGISTRY.values()},
 }
 
 
@@ -53,7 +59,7 @@ def kind(name):
 
 
 def needed(name):
-    return {"length": 4} if name in ("VPT", "PrefixTuning") else {}
+    return {"length": 4} if name in ("VPT", "PrefixTuning", "PromptTuning") else {}
 
 
 @pytest.mark.parametrize("name, field", BAD)
@@ -75,13 +81,25 @@ def test_no_field_is_left_untested():
 def test_fields_that_contradict_each_other():
     with pytest.raises(MethodError, match="deep=False already means depth"):
         fastpeft.VPT(4, deep=False, depth=(1, 2))
-    with pytest.raises(MethodError, match="mlp goes with form='kv'"):
-        fastpeft.PrefixTuning(4, form="hidden", mlp=8)
+    with pytest.raises(MethodError, match="heads='shared' goes with the targets q, k and v, got q, o"):
+        fastpeft.LoRA(targets=("q", "o"), heads="shared")
+    with pytest.raises(MethodError, match="heads='each' goes with the targets q, k and v, got qkv"):
+        fastpeft.LoRA(targets="qkv", heads="each")
+    with pytest.raises(MethodError, match="a sum has no stacks of its own, its methods have"):
+        fastpeft.methods.base.Methods((fastpeft.LoRA(), fastpeft.BitFit()), stacks=("text",))
 
 
 def test_one_target_may_be_a_string():
     assert fastpeft.LoRA(targets="qkv").targets == ("qkv",)
     assert fastpeft.SerialAdapter(locations="ffn").locations == ("ffn",)
+
+
+def test_one_stack_may_be_a_string_and_a_list_is_a_tuple():
+    for cls in REGISTRY.values():
+        made = cls(**{**needed(cls.__name__), "stacks": "text"})
+        assert made.stacks == ("text",)
+        assert cls(**{**needed(cls.__name__), "stacks": ["text", "decoder"]}).stacks == ("text", "decoder")
+        assert from_dict(json.loads(json.dumps(made.to_dict()))) == made
 
 
 @pytest.mark.parametrize(
@@ -91,6 +109,10 @@ def test_one_target_may_be_a_string():
         (fastpeft.Partial(4), r"k=4, but the model has 3 blocks"),
         (fastpeft.Adapter(33), r"reduction 33 leaves no unit at width 32"),
         (fastpeft.VPT(2, depth=(2, 4)), r"depth \(2, 4\) reaches beyond the model's 3 blocks"),
+        (fastpeft.LoRA(stacks=("text",)), "has no stack 'text'; its blocks are one stack without a name"),
+        (fastpeft.PromptTuning(2), "has no stack here whose input can be prompted; fastpeft.VPT puts"),
+        (fastpeft.Classifier(), "has no output layer of that kind; train_head trains a head"),
+        (fastpeft.SerialAdapter(8, locations=("cross",)), "no block attends to a memory, as the location"),
     ],
     ids=str,
 )
@@ -126,10 +148,10 @@ def test_an_initial_tensor_is_written_as_zeros_of_the_same_shape():
         ({"name": "vptt", "length": 4}, r"unknown method 'vptt' \(did you mean 'vpt'\?\); known: adapter, bitfit,"),
         (
             {"name": "lora", "ranks": 4},
-            r"no field 'ranks' \(did you mean 'rank'\?\); it has: alpha, dropout, rank, targets",
+            r"no field 'ranks' \(did you mean 'rank'\?\); it has: alpha, cross, dropout, heads, rank, stacks, targets",
         ),
         ({"name": "vpt"}, r"method 'vpt': missing 1 required positional argument: 'length'"),
-        ({"name": "linear", "k": 3}, r"no field 'k'.* it has: none"),
+        ({"name": "linear", "k": 3}, r"no field 'k'.* it has: stacks"),
         ({"length": 4}, r"a method is a mapping with a name"),
         ("vpt", r"a method is a mapping with a name"),
         ({"name": "vpt", "length": 0}, r"VPT: length must be"),

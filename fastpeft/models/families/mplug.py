@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -14,8 +16,10 @@ from fastpeft.engine.post_norm import run_post_norm
 from fastpeft.engine.stack import EngineHost, begin, call_block
 from fastpeft.errors import UnsupportedModelError
 from fastpeft.models.families import Family
-from fastpeft.models.mplug.stream import Stream
 from fastpeft.ops.linear_cross_entropy import linear_cross_entropy
+
+if TYPE_CHECKING:
+    from fastpeft.models.mplug.stream import Stream
 
 _LAYERS = {"text": "text_encoder.encoder", "fusion": "fusion_encoder.encoder", "decoder": "text_decoder.bert.encoder"}
 _TRANSFORM = tuple(
@@ -49,21 +53,21 @@ class MPlugHost(EngineHost):
     """An `MPlug` whose blocks the engine runs."""
 
     def _enter(self, stack: str, text: Stream) -> Stream:
-        self.fastpeft_noise = begin(self)
+        noise = begin(self)
         prompts = self._prompts(stack)
         if prompts is None:
             return text
         batch = text.states.shape[0]
-        rows = prompts.rows(batch, text.states.dtype, self.fastpeft_noise).expand(batch, -1, -1)
+        rows = prompts.rows(batch, text.states.dtype, noise).expand(batch, -1, -1)
         mask = text.mask
         if mask is not None:
             mask = torch.cat((mask.new_ones(batch, rows.shape[1]), mask), 1)
-        return Stream(torch.cat((rows, text.states), 1), mask)
+        return text._replace(states=torch.cat((rows, text.states), 1), mask=mask)
 
     def _call(self, stack: str, number: int, layer: nn.Module, x: Tensor, options: dict) -> Tensor:
-        # Recomputation would add to a cache twice; generation has no backward pass anyway.
-        noise = self.__dict__.get("fastpeft_noise")
-        return call_block(layer, x, {**options, "noise": noise}, checkpointing=False)
+        # Recomputation would add to a cache twice, whatever is asked for.
+        checkpointing = None if options.get("cache") is not None else False
+        return call_block(layer, x, {"noise": self.fastpeft_host.noise()}, checkpointing, options)
 
     def _losses(self, states: Tensor, targets: Tensor) -> Tensor:
         decoder = self.text_decoder
@@ -79,10 +83,10 @@ class MPlugHost(EngineHost):
 
     def _prompts(self, stack: str) -> InputPrompts | None:
         path = self.fastpeft_host.spec.inputs.get(stack)
-        state = self.get_submodule(path).fastpeft_block
-        block = self.get_submodule(path)
-        found = [block._modules[name] for name in state.extensions]
-        return next((extension for extension in found if isinstance(extension, InputPrompts)), None)
+        if path is None:
+            return None
+        # By the modules that there are: the block may have been wrapped since.
+        return next((m for m in self.get_submodule(path).modules() if isinstance(m, InputPrompts)), None)
 
 
 class MPlugFamily(Family):

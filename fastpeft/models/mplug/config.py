@@ -54,6 +54,10 @@ class MPlugConfig:
     sep_id: int = 102
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool)):
+                raise FastPEFTError(f"{field.name} must be an integer, got {value!r}")
         for part, width, heads in (
             ("image_width", self.image_width, self.image_heads),
             ("width", self.width, self.num_heads),
@@ -64,12 +68,16 @@ class MPlugConfig:
             raise FastPEFTError(
                 f"image_size must be a multiple of the patch size {self.patch_size}, got {self.image_size}"
             )
-        for name in ("text_layers", "fusion_layers", "decoder_layers", "stride", "image_depth", "max_positions"):
+        for name in (
+            *("text_layers", "fusion_layers", "decoder_layers", "stride", "image_depth"),
+            *("max_positions", "vocab_size", "intermediate"),
+        ):
             if getattr(self, name) < 1:
                 raise FastPEFTError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise FastPEFTError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < 1:
+                raise FastPEFTError(f"{name} must be in [0, 1), got {value!r}")
 
     @classmethod
     def base(cls, image_size: int = 256, **changes) -> MPlugConfig:

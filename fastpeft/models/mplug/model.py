@@ -100,7 +100,14 @@ class MPlug(nn.Module):
     # The stages.
 
     def encode_image(self, images: Tensor) -> Stream:
-        """Images (B, 3, H, W) -> all tokens (B, Ni, D), the class token first."""
+        """Images (B, 3, H, W) -> all tokens (B, Ni, D), the class token first.
+
+        Raises:
+            FastPEFTError: images of another size than the model's.
+        """
+        side, found = self.config.image_size, tuple(images.shape[-2:])
+        if found != (side, side):
+            raise FastPEFTError(f"images of {side} x {side} pixels are expected, got {' x '.join(map(str, found))}")
         return self.project_image(self.visual_encoder.forward_features(images))
 
     def project_image(self, tokens: Tensor) -> Stream:
@@ -111,7 +118,7 @@ class MPlug(nn.Module):
 
     def encode_text(self, ids: Tensor, mask: Tensor | None = None) -> Stream:
         """Text (B, L), which of it is real (B, L) -> (B, L, D); longer where prompts stand before it."""
-        self._check_length(ids.shape[1])
+        self._check_text(ids, mask)
         text = self._enter("text", Stream(self.text_encoder.embeddings(ids), mask))
         x = text.states
         for number, layer in self.text_encoder.encoder.numbered():
@@ -155,7 +162,7 @@ class MPlug(nn.Module):
     ) -> Tensor:
         """The decoder's states (B, M, D) of text (B, M); arguments as of `decode`."""
         first = 0 if cache is None else cache.length
-        self._check_length(first + ids.shape[1])
+        self._check_text(ids, mask, first)
         memory_mask = None if memory is None else memory.mask
         text = Stream(self.text_decoder.bert.embeddings(ids, first), mask)
         if first == 0:
@@ -208,7 +215,7 @@ class MPlug(nn.Module):
             mask: bool (B, M), which tokens are text; None: all that are not the padding token.
 
         Returns:
-            A scalar, fp32.
+            A scalar, at least fp32.
         """
         losses, real = self.token_losses(ids, memory, mask)
         return losses.sum() / real.sum().clamp(min=1)
@@ -228,13 +235,27 @@ class MPlug(nn.Module):
             mask: as of `caption_loss`.
 
         Returns:
-            A scalar, fp32.
+            A scalar, at least fp32.
+
+        Raises:
+            FastPEFTError: numbers of answers, weights, counts and questions that do not go together.
         """
-        losses, _ = self.token_losses(ids, memory.repeat(counts), mask)
+        answers, questions = len(ids), len(memory.states)
+        if len(counts) != questions:
+            raise FastPEFTError(f"{len(counts)} counts of answers for a memory of {questions} questions")
+        if len(weights) != answers:
+            raise FastPEFTError(f"{answers} answers need as many weights, got {len(weights)}")
+        memory = memory.repeat(counts)
+        if len(memory.states) != answers:
+            raise FastPEFTError(
+                f"{answers} answers are given, but the counts of the {questions} questions sum up to "
+                f"{len(memory.states)}"
+            )
+        losses, _ = self.token_losses(ids, memory, mask)
         return (losses.sum(1) * weights.to(losses.dtype)).sum() / len(counts)
 
     def token_losses(self, ids: Tensor, memory: Stream, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """-log p of every token but the first, 0 where there is none, fp32 (B, M - 1), and bool (B, M - 1) where.
+        """-log p of every token but the first, 0 where there is none, (B, M - 1), and bool (B, M - 1) where.
 
         Text is filled up behind its end, so that causality keeps what is real from seeing what is not, and only the
         states that predict a real token meet the vocabulary.
@@ -290,9 +311,13 @@ class MPlug(nn.Module):
         """How many of the rows that enter the decoder are tokens."""
         return rows
 
-    def _check_length(self, tokens: int) -> None:
+    def _check_text(self, ids: Tensor, mask: Tensor | None, first: int = 0) -> None:
+        tokens = first + ids.shape[1]
         if tokens > self.config.max_positions:
             raise FastPEFTError(f"a text of {tokens} tokens is longer than the model's {self.config.max_positions}")
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != ids.shape):
+            expected, found = tuple(ids.shape), tuple(mask.shape)
+            raise FastPEFTError(f"a mask must be boolean and {expected}, got {mask.dtype} {found}")
 
 
 def image_tower(config: MPlugConfig) -> nn.Module:
