@@ -247,6 +247,22 @@ def test_without_early_stop_longer_ones_may_win():
     assert found == {True, False}
 
 
+class Stubborn(Decoder):
+    """Says the end or token 1 at first, and then token 1 for ever, nearly surely."""
+
+    def logits(self, ids, memory):
+        first, later = (torch.tensor(p, dtype=torch.double).log() for p in ([0.5, 0.4, 0.1], [1e-9, 1.0, 1e-9]))
+        return torch.stack([first, *[later] * (ids.shape[1] - 1)]).expand(len(ids), -1, -1)
+
+
+def test_without_early_stop_all_remaining_tokens_count():
+    # The end is ahead with log .5 = -.69 until log .4 = -.92 is divided by more than 4/3: far behind the next token.
+    for early, ids, value in ((True, (0,), math.log(0.5)), (False, (1,) * 10, math.log(0.4) / 2.5)):
+        settings = Generation(beams=2, min_length=0, max_length=10, alpha=1.0, frozen_beams=True, early_stop=early)
+        best = generate(Stubborn(0, vocabulary=3), memory(1), settings)[0][0]
+        assert (best.ids, best.score) == (ids, pytest.approx(value, abs=1e-6))
+
+
 @pytest.mark.parametrize("beams", [1, 4])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_neither_order_nor_company_nor_padding_changes_a_result(beams, frozen):
