@@ -8,8 +8,8 @@ import torch
 import fastpeft
 from fastpeft import MethodError
 from fastpeft.models.mplug import MPlug, MPlugConfig
-from tests.methods.mplug_models import METHODS, assert_same, outputs
-from tests.models.mplug.tiny import make
+from tests.methods.mplug_models import METHODS, assert_same, close, outputs
+from tests.models.mplug.tiny import batch, make
 
 
 def added(model: MPlug, name: str) -> set[str]:
@@ -69,6 +69,21 @@ def test_classifier():
         assert {name for name, p in model.named_parameters() if p.requires_grad} == expected
     with pytest.raises(MethodError, match="part must be one of head, transform, got 'vocabulary'"):
         fastpeft.patch(make(), fastpeft.Classifier("vocabulary"))
+
+
+def test_gradients_of_a_classifier_are_the_plain_models():
+    results = []
+    for method in (None, fastpeft.LoRA(2) + fastpeft.Classifier()):
+        model, given = make(dropout=0.0, attention_dropout=0.0).double(), batch(dtype=torch.float64)
+        if method is not None:
+            fastpeft.patch(model, method).double()
+        memory = model.memory(model.encode_image(given.images), given.ids, given.mask)
+        names = [n for n in make().state_dict() if ".cls." in n or n.startswith("text_decoder.bert.embeddings.word")]
+        loss = model.caption_loss(given.text, memory)
+        results.append(torch.autograd.grad(loss, [model.get_parameter(name) for name in names]))
+        assert len(names) == 6
+    for one, other in zip(*results, strict=True):
+        close(one, other, rtol=1e-9, atol=1e-11)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastpeft
-from fastpeft import FastPEFTError, MethodError
+from fastpeft import FastPEFTError, MethodError, UnsupportedModelError
 from fastpeft.models.mplug import MPlug
 from fastpeft.models.mplug.layers import BertLayer
 from tests.methods.mplug_models import FEW, METHODS, assert_same, greedy, outputs, patched, step
@@ -158,3 +158,12 @@ def test_every_patched_class_of_blocks_is_the_engines():
     ]
     with pytest.raises(FastPEFTError, match="the model already carries LoRA"):
         fastpeft.patch(model, fastpeft.LoRA(4))
+
+
+def test_structure_is_read_again():
+    model = patched("prefix and lora").eval()
+    expected = outputs(model)
+    assert_same(outputs(fastpeft.refresh(model)), expected)
+    model.text_decoder.bert.encoder.layer = model.text_decoder.bert.encoder.layer[:1]
+    with pytest.raises(UnsupportedModelError, match="the model has other blocks than when it was patched"):
+        fastpeft.refresh(model)
