@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from fastpeft.data.entries import Entry, entries, kind_of, read_json
+from fastpeft.data.entries import Entry, entries, read_json
 from fastpeft.data.errors import DataError
 from fastpeft.data.presence import Presence
 
@@ -29,7 +29,7 @@ class CaptionedImage:
     Attributes:
         path: The file.
         name: Its name, which is the id in result files.
-        image_id: COCO's number, where there is one, else the name.
+        image_id: COCO's number, where there is one, else the list's own, else the name.
         sentences: Captions in lower case, otherwise as they are.
     """
 
@@ -110,11 +110,10 @@ def _image(entry: Entry, root: Path, presence: Presence) -> CaptionedImage:
 
 
 def _image_id(entry: Entry, name: str) -> int | str:
-    for field in ("cocoid", "image_id"):
-        if field in entry:
-            value = entry.values[field]
-            if isinstance(value, bool) or not isinstance(value, int):
-                entry.fail(field, "a whole number", kind_of(value))
-            return value
     numbered = _COCO_NAME.search(name)
-    return int(numbered[1]) if numbered else name
+    for field in ("cocoid", "image_id", None, "imgid"):
+        if field is None and numbered:
+            return int(numbered[1])
+        if field is not None and field in entry:
+            return entry.whole(field)
+    return name
