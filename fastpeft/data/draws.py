@@ -28,6 +28,26 @@ def drawn_order(labels: Sequence[int], seed: int, how: str) -> np.ndarray:
     return shuffled[np.argsort(_turns(labels, shuffled)[shuffled], kind="stable")]
 
 
+def drawn_share(total: int, percent: float, seed: int) -> np.ndarray:
+    """A share of some samples, drawn over all of them: of one seed, a smaller share is part of every larger one.
+
+    Args:
+        total: How many there are: pairs of image and text, say, rather than images.
+        percent: Share in percent, from above 0 to 100; at least one sample is drawn.
+        seed: Of the draw.
+
+    Returns:
+        Their numbers, ascending.
+
+    Raises:
+        DataError: The share is out of range.
+    """
+    if not 0 < percent <= 100:
+        raise DataError(f"data: a share of the training data is more than 0 and at most 100 percent, got {percent}")
+    order = drawn_order(range(total), seed, "random")
+    return np.sort(order[: max(1, round(total * percent / 100))])
+
+
 def some_of_each_class(labels: Sequence[int], seed: int, count: int) -> np.ndarray:
     """The first `count` images of every class in a random order, ascending; all of a class that has fewer."""
     shuffled = np.random.RandomState(seed).permutation(len(labels))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 import torch
@@ -114,6 +115,21 @@ def training_batches(
     dataset: Dataset, parts: Iterator[Part], workers: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
     """Load the micro-batches in order: images, labels, and how many of them count."""
+    for batch, counted in dealt_batches(dataset, parts, workers, collate):
+        yield *batch, counted
+
+
+def dealt_batches(
+    dataset: Dataset, parts: Iterator[Part], workers: int, collate: Callable[[list], Any]
+) -> Iterator[tuple[Any, int]]:
+    """Load the micro-batches in order: each as `collate` makes it, and how many of its samples count.
+
+    Args:
+        dataset: Of samples; one with `set_epoch` is told the epoch before it is asked.
+        parts: This rank's micro-batches.
+        workers: Processes that load.
+        collate: From samples to a batch. Reading may leave an error in a sample's place, which it returns.
+    """
     counts: list[int] = []
 
     def keys() -> Iterator[list[tuple[int, int]]]:
@@ -121,23 +137,25 @@ def training_batches(
             counts.append(part.counted)
             yield part.keys
 
-    loader = _loader(dataset, keys(), workers)
+    loader = _loader(dataset, keys(), workers, collate)
     # The loader runs ahead of what it has yielded, so counts are taken from the front in the order of the keys.
     for batch in loader:
-        yield *_whole(batch), counts.pop(0)
+        yield _whole(batch), counts.pop(0)
 
 
 def evaluation_batches(
-    dataset: Dataset, batch_size: int, rank: int, world: int, workers: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    dataset: Dataset, batch_size: int, rank: int, world: int, workers: int, collate: Callable[[list], Any] = collate
+) -> Iterator[Any]:
     """Every `world`-th image of a split, starting at `rank`: all ranks together see each image once."""
     keys = [(0, index) for index in range(rank, len(dataset), world)]
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
-    for batch in _loader(dataset, batches, workers):
+    for batch in _loader(dataset, batches, workers, collate):
         yield _whole(batch)
 
 
-def _loader(dataset: Dataset, batches: Iterable[list[tuple[int, int]]], workers: int) -> DataLoader:
+def _loader(
+    dataset: Dataset, batches: Iterable[list[tuple[int, int]]], workers: int, collate: Callable[[list], Any]
+) -> DataLoader:
     # A loader draws a seed for its processes when it starts. From torch's own generator that would shift what the
     # steps draw, by where the run was resumed.
     return DataLoader(
