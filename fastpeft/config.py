@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -177,6 +177,9 @@ class Optimisation(_Section):
         select: Which epoch the saved adapter is of where there is a validation split: the `best` on it, or the `last`.
         checkpoint_every: `"1 epoch"`, `"50 steps"`, ...
     """
+
+    # Whether AdamW decays no vector at all, weights of normalisations included.
+    spares_vectors: ClassVar[bool] = False
 
     batch_size: int = Field(default=64, gt=0)
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -484,7 +487,7 @@ def _is_union_tag(part: Any) -> bool:
 
 
 def _fields_at(location: list[str], kind: type[RunConfig]) -> list[str]:
-    section: type[BaseModel] = kind
+    section: Any = kind
     for part in location:
         section = section.model_fields[part].annotation
     return list(section.model_fields)

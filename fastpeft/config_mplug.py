@@ -134,7 +134,6 @@ class QuestionDataConfig(_LanguageData):
         ocr: Whether the words read in the image follow the question.
         objects: Whether the names of the things seen in it follow.
         max_length: Tokens of a question, its start included; what is longer is cut off in training.
-        answer_length: Tokens of an answer in training, its start and end included.
     """
 
     name: Literal["vqa"]
@@ -146,7 +145,6 @@ class QuestionDataConfig(_LanguageData):
     ocr: bool = False
     objects: bool = False
     max_length: int = Field(default=25, gt=1)
-    answer_length: int = Field(default=12, gt=2)
 
     @field_validator("template")
     @classmethod
@@ -197,6 +195,7 @@ class MPlugTrainConfig(Optimisation):
     cache_gib: float = Field(default=4.0, ge=0)
     # A step's shapes follow its texts, and a recorded step has but one.
     cuda_graph: ClassVar[bool] = False
+    spares_vectors: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _one_length(self) -> MPlugTrainConfig:
