@@ -231,13 +231,14 @@ class CaptionEvalConfig(_EvalConfig):
         min_length: Tokens generated at least, the end included.
         max_length: Tokens generated at most.
         metric: What the best adapter on validation is chosen by.
-        tokenizer: What brings captions into words: `ptb`, the Java program of the COCO evaluation, or `python`.
+        tokenizer: What makes words of captions: `java`, the program of COCO's evaluation, or `python`, which needs no
+            Java.
     """
 
     min_length: int = Field(default=8, ge=0)
     max_length: int = Field(default=25, gt=0)
     metric: Literal["cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l"] = "cider"
-    tokenizer: Literal["ptb", "python"] = "ptb"
+    tokenizer: Literal["java", "python"] = "java"
 
 
 class QuestionEvalConfig(_EvalConfig):

@@ -111,9 +111,7 @@ class PartitionedStepper(Stepper):
             self.optimizer.state[flat] = state | self._step_count(steps_taken, flat)
 
 
-def _gathering_nothing(
-    model: nn.Module, blocks: Sequence[nn.Module], readers: Sequence[nn.Module]
-) -> list[nn.Module]:
+def _gathering_nothing(model: nn.Module, blocks: Sequence[nn.Module], readers: Sequence[nn.Module]) -> list[nn.Module]:
     """The modules for whose own sake no weight has to be there: they lie in a block, or have no weight of their own."""
     inside = {part for block in blocks for part in block.modules()}
     kept = {model, *readers}
