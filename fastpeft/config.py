@@ -17,6 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fastpeft.errors import FastPEFTError
 
+# Keys that change how a run is computed, and not what.
+NOT_OF_THE_RESULT = ("out", "data.workers", "train.zero", "train.offload")
+
 Interval = tuple[int, Literal["epoch", "step"]]
 
 
@@ -285,9 +288,13 @@ class RunConfig(_Section):
         return value
 
     def identity(self) -> dict[str, Any]:
-        """What a run computes, as a flat `{dotted key: value}`; two runs that agree here give the same adapter."""
+        """What a run computes, as a flat `{dotted key: value}`.
+
+        Two runs that agree here give the same adapter, but for the order of sums that another number of ranks or
+        another ZeRO stage brings with it.
+        """
         flat = _flatten(self.model_dump(mode="json"))
-        return {key: value for key, value in flat.items() if key not in ("out", "data.workers", "train.offload")}
+        return {key: value for key, value in flat.items() if key not in NOT_OF_THE_RESULT}
 
 
 class Config(RunConfig):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from fastpeft.config import Optimisation, RunConfig, _Section
 
+CaptionMetric = Literal["cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l"]
 Augmentation = Literal["none", "crop", "crop_flip", "rand_augment"]
 
 
@@ -231,14 +232,22 @@ class CaptionEvalConfig(_EvalConfig):
         min_length: Tokens generated at least, the end included.
         max_length: Tokens generated at most.
         metric: What the best adapter on validation is chosen by.
+        metrics: What is computed, `metric` among them. METEOR starts a Java program at every evaluation.
         tokenizer: What makes words of captions: `java`, the program of COCO's evaluation, or `python`, which needs no
             Java.
     """
 
     min_length: int = Field(default=8, ge=0)
     max_length: int = Field(default=25, gt=0)
-    metric: Literal["cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l"] = "cider"
+    metric: CaptionMetric = "cider"
+    metrics: list[CaptionMetric] = Field(default_factory=lambda: list(get_args(CaptionMetric)))
     tokenizer: Literal["java", "python"] = "java"
+
+    @model_validator(mode="after")
+    def _computed(self) -> CaptionEvalConfig:
+        if self.metric not in self.metrics:
+            raise ValueError(f"eval.metrics must have eval.metric, '{self.metric}', among them")
+        return self
 
 
 class QuestionEvalConfig(_EvalConfig):

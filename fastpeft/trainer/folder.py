@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastpeft.config import ConfigError, RunConfig
+from fastpeft.config import NOT_OF_THE_RESULT, ConfigError, RunConfig
 from fastpeft.errors import FastPEFTError
 from fastpeft.trainer import checkpoint
 
@@ -94,6 +94,8 @@ class RunFolder:
                 f"out: {self.root} holds a run whose {self._config.name} cannot be read ({error}); "
                 "give another out=FOLDER, or --fresh to start over"
             ) from None
+        for key in NOT_OF_THE_RESULT:
+            before.pop(key, None)
         if before != identity:
             keys = sorted(key for key in before.keys() | identity.keys() if before.get(key) != identity.get(key))
             changes = ", ".join(f"{key} (was {before.get(key)}, now {identity.get(key)})" for key in keys)

@@ -112,6 +112,10 @@ class Loop:
             self.report.warn(
                 f"begun on {state['world']} ranks, continued on {self.ranks.world}: sums are rounded in another order"
             )
+        elif state.get("zero", self.train.zero) != self.train.zero:
+            self.report.warn(
+                f"begun at ZeRO stage {state['zero']}, continued at {self.train.zero}: sums are rounded in another order"
+            )
         return True
 
     def save(self) -> None:
@@ -133,6 +137,7 @@ class Loop:
                 "scale": self.scale.state(),
                 "rng": fastpeft.get_rng_state(self.work.model),
                 "world": self.ranks.world,
+                "zero": self.train.zero,
             }
             checkpoint.save(self.folder.checkpoints, position.global_step, tensors, state)
         barrier(self.ranks)

@@ -82,7 +82,7 @@ def config(root: Path, kind: str = "captions", **changes) -> dict:
         "eval": {"beams": 2, "min_length": 1, "max_length": 6, "batch_size": 4},
     }
     if kind == "captions":
-        tree["eval"]["tokenizer"] = "python"
+        tree["eval"] |= {"tokenizer": "python", "metrics": ["cider", "bleu_4"]}
     for section, values in changes.items():
         if section in ("method", "out"):
             tree[section] = values

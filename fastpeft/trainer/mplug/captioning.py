@@ -16,7 +16,7 @@ from fastpeft.data.errors import DataError
 from fastpeft.data.vl_batches import CaptionBatch, CaptionCollate
 from fastpeft.data.vl_datasets import END, CaptionImages, CaptionPairs
 from fastpeft.metrics import ptb
-from fastpeft.metrics.captions import caption_records, score_captions
+from fastpeft.metrics.captions import METRICS, caption_records, score_captions
 from fastpeft.metrics.result_files import write_records
 from fastpeft.models.mplug import Stream
 from fastpeft.trainer.mplug.build import open_tokenizer
@@ -118,5 +118,7 @@ class Captioning(MPlugWork):
         asked = Captions([captions.images[number] for number in texts])
         predictions = {image.name: text for image, text in zip(asked.images, texts.values(), strict=True)}
         write_records(folder / f"{split}.json", caption_records(predictions, asked))
-        found = score_captions(predictions, asked.references(), tokenizer=self.task.config.eval.tokenizer)
+        settings = self.task.config.eval
+        metrics = [name for name in METRICS if name.lower() in settings.metrics]
+        found = score_captions(predictions, asked.references(), tokenizer=settings.tokenizer, metrics=metrics)
         return {name.lower(): value for name, value in found.scores.items()}
