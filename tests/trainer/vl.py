@@ -1,4 +1,4 @@
-"""Coloured squares with captions and questions, in the formats of COCO and VQAv2, and a configuration of a tiny mPLUG."""
+"""Coloured squares with captions and questions, in the formats of COCO and VQAv2, and a run of a tiny mPLUG."""
 
 from __future__ import annotations
 
