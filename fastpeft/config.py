@@ -10,12 +10,15 @@ import dataclasses
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fastpeft.errors import FastPEFTError
+
+# Keys that change how a run is computed, and not what.
+NOT_OF_THE_RESULT = ("out", "data.workers", "train.zero", "train.offload")
 
 Interval = tuple[int, Literal["epoch", "step"]]
 
@@ -148,16 +151,15 @@ class DataConfig(_Section):
         return self
 
 
-class TrainConfig(_Section):
-    """Optimisation.
+class Optimisation(_Section):
+    """What every kind of training is told.
 
     Learning rates: a group named in `lr` gets exactly that rate; every other group gets `base_lr`, multiplied by
     `batch_size / 256` if `scale_lr`. Groups are named as by `fastpeft.parameter_groups`: `head`, the method's name,
     `backbone`.
 
     Attributes:
-        epochs: Passes over the training images.
-        batch_size: Images of one optimizer step, over all ranks and accumulation steps together.
+        batch_size: Samples of one optimizer step, over all ranks and accumulation steps together.
         optimizer: `sgd` (momentum 0.9) or `adamw` (betas 0.9 and 0.999).
         base_lr: Rate of the groups not named in `lr`, for a batch of 256.
         lr: Absolute rates by group; not scaled.
@@ -165,28 +167,23 @@ class TrainConfig(_Section):
         momentum: SGD's momentum.
         eps: AdamW's epsilon.
         weight_decay: Never applied to the last layer's bias; AdamW decays no bias at all.
-        schedule: `cosine` to zero after the warm-up, or `constant`.
-        schedule_by: Whether the rate changes once an epoch (as the papers' code does) or every step.
-        warmup_epochs: Epochs over which the rate rises linearly; the first epoch runs at `1 / warmup_epochs`.
+        schedule: `cosine` after the warm-up, or `constant`.
         drop_last: Leave out the last, smaller batch of an epoch.
         grad_accumulation: Forward passes per optimizer step on each rank.
         precision: Of the frozen weights and activations; trained parameters are always fp32. `auto` is bf16 where the
             hardware multiplies bf16 matrices, else fp32.
         zero: DeepSpeed's ZeRO stage. At 0 to 2 frozen weights are no part of it, every rank has them; at 3 they are
             divided among the ranks like all others, and a block's are gathered while it runs.
+        offload: What is kept in the host's memory instead of the GPU's: `optimizer`, the masters and the optimizer's
+            state, with stages 1 to 3; `all`, each rank's share of the weights too, with stage 3.
         seed: Of initialisation, data order, augmentation and dropout.
-        head_init: `vpt` draws Kaiming-normal (fan-out) weights and sets the bias to -log(99); `keep` trains the head as
-            it is.
-        eval_every: Epochs between evaluations; the last epoch is always evaluated. 0 evaluates only then.
         select: Which epoch the saved adapter is of where there is a validation split: the `best` on it, or the `last`.
         checkpoint_every: `"1 epoch"`, `"50 steps"`, ...
-        cuda_graph: Record a step of the full batch size once and replay it. On one GPU, without ZeRO, fp16 or
-            accumulation.
-        cache_features: `auto` encodes each image once where nothing before the first trained parameter changes from
-            epoch to epoch; `off` runs the whole model every step.
     """
 
-    epochs: int = Field(default=100, gt=0)
+    # Whether AdamW decays no vector at all, weights of normalisations included.
+    spares_vectors: ClassVar[bool] = False
+
     batch_size: int = Field(default=64, gt=0)
     optimizer: Literal["sgd", "adamw"] = "sgd"
     base_lr: float | None = Field(default=None, gt=0)
@@ -196,19 +193,14 @@ class TrainConfig(_Section):
     eps: float = Field(default=1e-6, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
-    schedule_by: Literal["epoch", "step"] = "epoch"
-    warmup_epochs: int = Field(default=10, ge=0)
     drop_last: bool = False
     grad_accumulation: int = Field(default=1, gt=0)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     zero: Literal[0, 1, 2, 3] = 0
+    offload: Literal["none", "optimizer", "all"] = "none"
     seed: int = Field(default=0, ge=0)
-    head_init: Literal["vpt", "keep"] = "vpt"
-    eval_every: int = Field(default=1, ge=0)
     select: Literal["best", "last"] = "best"
     checkpoint_every: str = "1 epoch"
-    cuda_graph: bool = False
-    cache_features: Literal["auto", "off"] = "auto"
 
     @field_validator("lr")
     @classmethod
@@ -225,35 +217,61 @@ class TrainConfig(_Section):
         return text
 
     @model_validator(mode="after")
-    def _consistent(self) -> TrainConfig:
+    def _runnable(self) -> Optimisation:
         if self.base_lr is None and not self.lr:
             raise ValueError("give train.base_lr, or train.lr with a rate for every trained group")
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"train.warmup_epochs ({self.warmup_epochs}) must be below train.epochs ({self.epochs})")
         if self.precision == "fp16" and self.zero >= 2:
             raise ValueError(
                 f"fp16 runs with train.zero 0 or 1: stage {self.zero} reduces gradients before they are unscaled"
             )
+        if self.offload != "none" and self.zero < (3 if self.offload == "all" else 1):
+            needed = "3" if self.offload == "all" else "1, 2 or 3"
+            raise ValueError(f"train.offload '{self.offload}' goes with train.zero {needed}, got {self.zero}")
+        return self
+
+
+class TrainConfig(Optimisation):
+    """Optimisation of a classifier.
+
+    Attributes:
+        epochs: Passes over the training images.
+        schedule_by: Whether the rate changes once an epoch (as the papers' code does) or every step.
+        warmup_epochs: Epochs over which the rate rises linearly; the first epoch runs at `1 / warmup_epochs`.
+        head_init: `vpt` draws Kaiming-normal (fan-out) weights and sets the bias to -log(99); `keep` trains the head as
+            it is.
+        eval_every: Epochs between evaluations; the last epoch is always evaluated. 0 evaluates only then.
+        cuda_graph: Record a step of the full batch size once and replay it. On one GPU, without ZeRO, fp16 or
+            accumulation.
+        cache_features: `auto` encodes each image once where nothing before the first trained parameter changes from
+            epoch to epoch; `off` runs the whole model every step.
+    """
+
+    epochs: int = Field(default=100, gt=0)
+    schedule_by: Literal["epoch", "step"] = "epoch"
+    warmup_epochs: int = Field(default=10, ge=0)
+    head_init: Literal["vpt", "keep"] = "vpt"
+    eval_every: int = Field(default=1, ge=0)
+    cuda_graph: bool = False
+    cache_features: Literal["auto", "off"] = "auto"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"train.warmup_epochs ({self.warmup_epochs}) must be below train.epochs ({self.epochs})")
         if self.cuda_graph and (self.zero or self.grad_accumulation > 1 or self.precision == "fp16"):
             raise ValueError("train.cuda_graph needs zero 0, grad_accumulation 1 and a precision other than fp16")
         return self
 
 
-class Config(_Section):
-    """One run.
+class RunConfig(_Section):
+    """One run of any kind; a kind says what its sections `model`, `data` and `train` are.
 
     Attributes:
-        model: The backbone.
-        data: The images.
         method: A method and its fields, or a list of them for their sum.
-        train: Optimisation.
         out: Folder of checkpoints, logs, results and the adapter.
     """
 
-    model: ModelConfig
-    data: DataConfig
     method: dict[str, Any] | list[dict[str, Any]]
-    train: TrainConfig
     out: str
 
     @field_validator("method")
@@ -270,9 +288,27 @@ class Config(_Section):
         return value
 
     def identity(self) -> dict[str, Any]:
-        """What a run computes, as a flat `{dotted key: value}`; two runs that agree here give the same adapter."""
+        """What a run computes, as a flat `{dotted key: value}`.
+
+        Two runs that agree here give the same adapter, but for the order of sums that another number of ranks or
+        another ZeRO stage brings with it.
+        """
         flat = _flatten(self.model_dump(mode="json"))
-        return {key: value for key, value in flat.items() if key not in ("out", "data.workers")}
+        return {key: value for key, value in flat.items() if key not in NOT_OF_THE_RESULT}
+
+
+class Config(RunConfig):
+    """A classifier's run.
+
+    Attributes:
+        model: The backbone.
+        data: The images.
+        train: Optimisation.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
 
 
 def parse_interval(text: str) -> Interval:
@@ -287,8 +323,11 @@ def parse_interval(text: str) -> Interval:
     return int(match[1]), match[2]
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """Read a configuration file and apply `dotted.key=value` overrides, whose values are YAML too.
+
+    Returns:
+        A `Config`, or what the data's name stands for: see `fastpeft.config_mplug`.
 
     Raises:
         ConfigError: The file cannot be read, or does not describe a run; the message is one line.
@@ -305,9 +344,32 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(f"{path}: expected the sections model, data, method, train and the key out")
     from_command_line = [_override(tree, item) for item in overrides]
     try:
-        return Config.model_validate(tree)
+        kind = _kind(tree)
+    except ValueError as error:
+        source = "command line" if "data.name" in from_command_line or "data" in from_command_line else path
+        raise ConfigError(f"{source}: data.name: {error}") from None
+    try:
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_first_error(error, str(path), from_command_line)) from None
+        raise ConfigError(_first_error(error, str(path), from_command_line, kind)) from None
+
+
+def _kind(tree: dict) -> type[RunConfig]:
+    """The kind of run that a file describes, by the name of its data.
+
+    Raises:
+        ValueError: No kind of data has that name.
+    """
+    from fastpeft.config_mplug import KINDS
+
+    data = tree.get("data")
+    name = data.get("name") if isinstance(data, dict) else None
+    if name is None or not isinstance(name, str):
+        return Config
+    images = get_args(DataConfig.model_fields["name"].annotation)
+    if name not in images and name not in KINDS:
+        raise ValueError(f"unknown data '{name}'" + _nearest(name, [*images, *KINDS]))
+    return KINDS.get(name, Config)
 
 
 class _Loader(yaml.SafeLoader):
@@ -402,7 +464,7 @@ def _check_method(fields: dict[str, Any]) -> None:
         raise _MethodFieldError("", f"method '{name}': {error}") from None
 
 
-def _first_error(error: ValidationError, path: str, from_command_line: list[str]) -> str:
+def _first_error(error: ValidationError, path: str, from_command_line: list[str], kind: type[RunConfig]) -> str:
     """The first problem as one line: source, dotted key, what is wrong, and the nearest valid name if there is one."""
     first = error.errors()[0]
     location = [str(part) for part in first["loc"] if not _is_union_tag(part)]
@@ -411,7 +473,7 @@ def _first_error(error: ValidationError, path: str, from_command_line: list[str]
         location.append(cause.field)
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
-        message = "unknown key" + _nearest(location[-1], _fields_at(location[:-1]))
+        message = "unknown key" + _nearest(location[-1], _fields_at(location[:-1], kind))
     elif first["type"] == "missing":
         message = "missing"
     elif first["type"] == "value_error":
@@ -431,8 +493,8 @@ def _is_union_tag(part: Any) -> bool:
     return isinstance(part, str) and "[" in part
 
 
-def _fields_at(location: list[str]) -> list[str]:
-    section: type[BaseModel] = Config
+def _fields_at(location: list[str], kind: type[RunConfig]) -> list[str]:
+    section: Any = kind
     for part in location:
         section = section.model_fields[part].annotation
     return list(section.model_fields)

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.metadata
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,13 @@ def feature_key(prefix, config: Any, images: Dataset, ranks: Ranks, dtype: torch
         "images": len(images),
         "data": data,
         "preprocessing": images.preprocessing,
+        **circumstances(ranks, dtype),
+    }
+
+
+def circumstances(ranks: Ranks, dtype: torch.dtype) -> dict[str, Any]:
+    """What features depend on besides weights and images: format, machine and code."""
+    return {
         "precision": str(dtype).removeprefix("torch."),
         "device": _device(ranks.device),
         "code": code_digest(),
@@ -69,11 +77,28 @@ def prefix_digest(prefix) -> str:
     behind = [f"{name}." for name in spec.heads] + [f"{path}." for path, _ in spec.blocks[prefix.start :]]
     if prefix.start <= len(spec.blocks):
         behind += [f"{name}." for name in spec.final]
+    named = [*host.named_parameters(), *host.named_buffers()]
+    return tensors_digest((name, tensor) for name, tensor in named if not name.startswith(tuple(behind)))
+
+
+def tensors_digest(named: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of tensors with their names, formats and shapes, in the order of their names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted([*host.named_parameters(), *host.named_buffers()]):
-        if not name.startswith(tuple(behind)):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(_bytes(tensor))
+    for name, tensor in sorted(named, key=lambda entry: entry[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def files_digest(paths: Iterable[Path]) -> str:
+    """SHA-256 of files in their order, of their bytes.
+
+    Raises:
+        DataError: One cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(_file_digest(Path(path)))
     return digest.hexdigest()
 
 
@@ -82,9 +107,8 @@ def images_digest(images: Dataset) -> str | None:
     source = getattr(images, "source", None)
     digest = hashlib.sha256()
     if isinstance(source, FileSource):
-        for path in source.paths:
-            digest.update(_file_digest(Path(path)))
-    elif isinstance(source, ArraySource):
+        return files_digest(source.paths)
+    if isinstance(source, ArraySource):
         digest.update(f"{source.images.dtype} {source.images.shape}\n".encode())
         digest.update(np.ascontiguousarray(source.images).data)
     else:

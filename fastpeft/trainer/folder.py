@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastpeft.config import Config, ConfigError
+from fastpeft.config import NOT_OF_THE_RESULT, ConfigError, RunConfig
 from fastpeft.errors import FastPEFTError
 from fastpeft.trainer import checkpoint
 
@@ -27,7 +27,8 @@ class RunFolder:
         adapter: The result.
         results: Its numbers; there only once the run is finished.
         logs: TensorBoard's events.
-        plot: Loss and accuracy.
+        plot: Loss and score.
+        predictions: What the model said of the evaluated samples, where that is text.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -37,6 +38,7 @@ class RunFolder:
         self.results = self.root / "results.json"
         self.logs = self.root / "tensorboard"
         self.plot = self.root / "curves.png"
+        self.predictions = self.root / "predictions"
         self._config = self.root / "config.json"
         self._lock = None
 
@@ -70,12 +72,12 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what an earlier run left, and nothing else."""
-        for path in (self.checkpoints, self.adapter, self.logs):
+        for path in (self.checkpoints, self.adapter, self.logs, self.predictions):
             shutil.rmtree(path, ignore_errors=True)
         for path in (self.results, self.plot, self._config):
             path.unlink(missing_ok=True)
 
-    def claim(self, config: Config) -> None:
+    def claim(self, config: RunConfig) -> None:
         """Note whose folder it is, or check that it is this run's. A run that left nothing to continue holds no claim.
 
         Raises:
@@ -92,6 +94,8 @@ class RunFolder:
                 f"out: {self.root} holds a run whose {self._config.name} cannot be read ({error}); "
                 "give another out=FOLDER, or --fresh to start over"
             ) from None
+        for key in NOT_OF_THE_RESULT:
+            before.pop(key, None)
         if before != identity:
             keys = sorted(key for key in before.keys() | identity.keys() if before.get(key) != identity.get(key))
             changes = ", ".join(f"{key} (was {before.get(key)}, now {identity.get(key)})" for key in keys)

@@ -9,23 +9,20 @@ from typing import Any
 
 import torch
 import torch.distributed
-import torch.nn.functional as F
-from torch.utils.data import Dataset
 
 import fastpeft
 from fastpeft.config import ConfigError, parse_interval
 from fastpeft.errors import FastPEFTError
 from fastpeft.state import clock_of
-from fastpeft.trainer import checkpoint, optim, precision
-from fastpeft.trainer.evaluate import Spare, evaluate
+from fastpeft.trainer import checkpoint, optim, precision, results
 from fastpeft.trainer.folder import RunFolder
 from fastpeft.trainer.graph import StepGraph
 from fastpeft.trainer.launch import Ranks, barrier
 from fastpeft.trainer.logs import Logs
-from fastpeft.trainer.order import STEP, evaluation_batches, mix, parts_of, training_batches
+from fastpeft.trainer.order import STEP, mix
 from fastpeft.trainer.report import Reporter
 from fastpeft.trainer.stepper import Stepper
-from fastpeft.trainer.workload import Workload
+from fastpeft.trainer.work import Work
 
 
 class DivergedError(FastPEFTError):
@@ -40,10 +37,10 @@ class Position:
         epoch: Epochs completed.
         step: Steps taken in the current epoch.
         global_step: Steps taken in all.
-        loss_sum: Sum of the current epoch's per-image losses so far.
-        images: Images of the current epoch so far.
+        loss_sum: Sum of the current epoch's losses so far.
+        images: What that is a sum over: images of the current epoch, or whatever the work counts.
         history: One entry a completed epoch.
-        best: Validation accuracy of the best epoch and its number, or None.
+        best: Validation score of the best epoch, by the metric's name, and its number; or None.
         train_seconds: Time spent in training steps, over all sessions.
         other_seconds: Time spent otherwise up to the last checkpoint.
     """
@@ -52,7 +49,7 @@ class Position:
     step: int = 0
     global_step: int = 0
     loss_sum: float = 0.0
-    images: int = 0
+    images: float = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, float] | None = None
     train_seconds: float = 0.0
@@ -68,7 +65,7 @@ class Loop:
     """
 
     def __init__(
-        self, work: Workload, stepper: Stepper, ranks: Ranks, folder: RunFolder, report: Reporter, started: float
+        self, work: Work, stepper: Stepper, ranks: Ranks, folder: RunFolder, report: Reporter, started: float
     ) -> None:
         self.work, self.stepper, self.ranks, self.folder, self.report = work, stepper, ranks, folder, report
         self.train = work.task.config.train
@@ -115,6 +112,10 @@ class Loop:
             self.report.warn(
                 f"begun on {state['world']} ranks, continued on {self.ranks.world}: sums are rounded in another order"
             )
+        elif state.get("zero", self.train.zero) != self.train.zero:
+            self.report.warn(
+                f"begun at ZeRO stage {state['zero']}, continued at {self.train.zero}: sums are rounded in another order"
+            )
         return True
 
     def save(self) -> None:
@@ -136,6 +137,7 @@ class Loop:
                 "scale": self.scale.state(),
                 "rng": fastpeft.get_rng_state(self.work.model),
                 "world": self.ranks.world,
+                "zero": self.train.zero,
             }
             checkpoint.save(self.folder.checkpoints, position.global_step, tensors, state)
         barrier(self.ranks)
@@ -152,22 +154,21 @@ class Loop:
 
     def run(self, logs: Logs) -> None:
         """Train to the end; the last checkpoint is of the finished run."""
-        position, deal, train = self.position, self.deal, self.train
-        total = train.epochs * deal.steps
-        if position.epoch == train.epochs:
+        position, deal, work = self.position, self.deal, self.work
+        if position.epoch == work.epochs:
             return
-        parts = parts_of(deal, self.ranks.rank, self.ranks.world, position.epoch, position.step, train.epochs)
-        batches = training_batches(self.work.train_split, parts, self.work.task.config.data.workers)
-        self.work.train_mode()
+        total = sum(deal.steps_of(epoch) for epoch in range(work.epochs))
+        batches = work.batches(position.epoch, position.step)
+        work.train_mode()
         with self.report.bar("training", total, position.global_step) as advance:
-            while position.epoch < train.epochs:
-                while position.step < deal.steps:
+            while position.epoch < work.epochs:
+                while position.step < deal.steps_of(position.epoch):
                     self._step(batches, logs)
                     advance(1)
                     if self._unit == "step" and position.global_step % self._interval == 0:
                         self.save()
                 self._end_epoch(logs)
-                last = position.epoch == train.epochs
+                last = position.epoch == work.epochs
                 if last or (self._unit == "epoch" and position.epoch % self._interval == 0):
                     self.save()
 
@@ -175,23 +176,23 @@ class Loop:
         """One optimizer step over all ranks and micro-batches."""
         started = time.perf_counter()
         position, train, deal, device = self.position, self.train, self.deal, self.ranks.device
-        factor = optim.rate_factor(train, position.epoch, position.step, deal.steps)
-        optim.set_rates(self.stepper.optimizer, factor)
+        rate = self.work.rate(position.epoch, position.step)
+        optim.apply_rates(self.stepper.optimizer, rate)
         # Whatever draws from torch's generator (a head's dropout) draws the same whether or not the run was resumed.
         torch.manual_seed(mix(train.seed, STEP, position.global_step, self.ranks.rank))
-        images = min(deal.batch_size, deal.size - position.step * deal.batch_size)
+        units = self.work.units(deal.keys(position.epoch, position.step))
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for _ in range(train.grad_accumulation):
-            inputs, labels, counted = next(batches)
-            inputs, labels = inputs.to(device), labels.to(device)
+            batch, counted = next(batches)
+            batch = moved(batch, device)
             if self.graph is not None:
-                loss_sum += self.graph(inputs, labels)
+                loss_sum += self.graph(*batch)
                 continue
-            loss = F.cross_entropy(self.work.forward(inputs).float(), labels, reduction="sum")
+            loss = self.work.loss(batch)
             if not counted:
                 loss = loss * 0.0
             # The stepper averages over ranks; the step is on the mean over the whole batch.
-            self.stepper.backward(loss * (self.scale.scale * self.ranks.world / images))
+            self.stepper.backward(loss * (self.scale.scale * self.ranks.world / units))
             loss_sum += loss.detach()
         if self.ranks.world > 1:
             torch.distributed.all_reduce(loss_sum)
@@ -213,30 +214,31 @@ class Loop:
         position.step += 1
         position.global_step += 1
         position.loss_sum += total
-        position.images += images
+        position.images += units
         position.train_seconds += time.perf_counter() - started
-        rates = {group["name"]: group["base_lr"] * factor for group in self.stepper.optimizer.param_groups}
-        logs.step(position.global_step, total / images, rates)
+        rates = {group["name"]: rate(group["base_lr"]) for group in self.stepper.optimizer.param_groups}
+        logs.step(position.global_step, total / units, rates)
 
     def _forward_and_backward(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """A whole batch on one rank: gradients of its mean loss; returns the sum of its losses."""
-        loss = F.cross_entropy(self.work.forward(inputs).float(), labels, reduction="sum")
+        loss = self.work.loss((inputs, labels))
         (loss / len(inputs)).backward()
         return loss.detach()
 
     def _end_epoch(self, logs: Logs) -> None:
         """Close the epoch: evaluate if it is due, remember the best, say one line."""
-        position, train = self.position, self.train
+        position, work = self.position, self.work
         position.epoch += 1
         entry: dict[str, Any] = {"epoch": position.epoch, "train_loss": position.loss_sum / position.images}
-        due = position.epoch == train.epochs or (train.eval_every and position.epoch % train.eval_every == 0)
-        if due:
+        if work.part == "part":
+            entry["step"] = position.global_step
+        if work.due(position.epoch):
             # With a validation split the test images wait until everything has been chosen.
-            split = "test" if self.work.val_split is None else "val"
+            split = "test" if work.val_split is None else "val"
             entry |= self.measure(split)
-            accuracy = entry[f"{split}_accuracy"]
-            if split == "val" and (self.position.best is None or accuracy > self.position.best["accuracy"]):
-                self.position.best = {"accuracy": accuracy, "epoch": position.epoch}
+            score = entry.get(f"{split}_{work.metric}")
+            if split == "val" and (position.best is None or score > position.best[work.metric]):
+                position.best = {work.metric: score, "epoch": position.epoch}
                 self.best = self.trained_tensors()
         position.history.append(entry)
         logs.epoch(position.global_step, entry)
@@ -244,37 +246,19 @@ class Loop:
         position.step, position.loss_sum, position.images = 0, 0.0, 0
 
     def _line(self, entry: dict[str, Any]) -> str:
-        width = len(str(self.train.epochs))
-        seen = self.position.epoch * min(self.deal.size, self.deal.steps * self.deal.batch_size)
-        line = f"epoch {entry['epoch']:>{width}}/{self.train.epochs}  loss {entry['train_loss']:.4f}"
+        line = f"{self.work.place(entry['epoch'])}  loss {entry['train_loss']:.4f}"
         for split in ("val", "test"):
-            if f"{split}_accuracy" in entry:
-                line += f"  {split} {entry[f'{split}_accuracy']:.2%}"
-        return f"{line}  {1000 * self.position.train_seconds / seen:.2f} ms/image"
+            score = entry.get(f"{split}_{self.work.metric}")
+            if score is not None:
+                line += f"  {split} {results.shown(self.work.metric, score)}"
+        return f"{line}  {1000 * self.position.train_seconds / self.deal.seen(self.position.epoch):.2f} ms/image"
 
     def measure(self, split: str) -> dict[str, float]:
-        """Accuracy and loss of a split with the current weights; collective."""
-        dataset = {"val": self.work.val_split, "test": self.work.test_split}[split]
-        workers = self.work.task.config.data.workers
-        batches = evaluation_batches(dataset, self.work.evaluation_batch, self.ranks.rank, self.ranks.world, workers)
+        """Scores of a split with the current weights; collective."""
         self.work.eval_mode()
-        with self.report.bar(f"evaluating on {split}", len(dataset)) as advance:
-            counts = evaluate(
-                lambda inputs: self.work.forward(self.work.encoded(inputs, dataset)),
-                batches,
-                self.ranks.device,
-                lambda images: advance(images * self.ranks.world),
-                self._spare(dataset),
-            )
+        found = self.work.measure(split, self.report, self.folder.predictions)
         self.work.train_mode()
-        return {f"{split}_accuracy": counts.accuracy, f"{split}_loss": counts.loss}
-
-    def _spare(self, dataset: Dataset) -> Spare | None:
-        """What a rank runs that has fewer batches of a split than another, where a forward pass is collective."""
-        if self.train.zero < 3 or self.ranks.world == 1:
-            return None
-        rounds = math.ceil(len(dataset) / self.ranks.world / self.work.evaluation_batch)
-        return Spare(dataset[0][0].unsqueeze(0), rounds)
+        return found
 
     def trained_tensors(self) -> dict[str, torch.Tensor]:
         """Copies of all that training changes: parameters and the head's running statistics; collective."""
@@ -284,3 +268,9 @@ class Loop:
 def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors whose names start with `<prefix>/`, without it."""
     return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}/")}
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """A tuple of tensors, or of None, on another device."""
+    parts = [part if part is None else part.to(device, non_blocking=True) for part in batch]
+    return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from fastpeft.config import ConfigError, TrainConfig
+from fastpeft.config import ConfigError, Optimisation, TrainConfig
 
 Groups = dict[str, list[tuple[str, nn.Parameter]]]
 
 
-def base_rates(groups: Groups, train: TrainConfig) -> dict[str, float]:
+def base_rates(groups: Groups, train: Optimisation) -> dict[str, float]:
     """The full learning rate of every group that is trained.
 
     Raises:
@@ -33,7 +34,7 @@ def base_rates(groups: Groups, train: TrainConfig) -> dict[str, float]:
     return rates
 
 
-def build_optimizer(groups: Groups, num_classes: int, train: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(groups: Groups, num_classes: int, train: Optimisation) -> torch.optim.Optimizer:
     """SGD or AdamW over the groups; each torch group remembers its full rate as `base_lr`.
 
     On a GPU torch's fused ones, and with `train.cuda_graph` such that a recorded step finds rates and step counts in
@@ -62,10 +63,10 @@ def build_optimizer(groups: Groups, num_classes: int, train: TrainConfig) -> tor
     return torch.optim.AdamW(torch_groups, lr=0.0, eps=train.eps, **options)
 
 
-def _decays(name: str, parameter: nn.Parameter, num_classes: int, train: TrainConfig) -> bool:
+def _decays(name: str, parameter: nn.Parameter, num_classes: int, train: Optimisation) -> bool:
     """The protocols' rule: SGD spares the last layer's bias, AdamW every bias."""
     if train.optimizer == "adamw":
-        return "bias" not in name
+        return "bias" not in name and (parameter.ndim > 1 or not train.spares_vectors)
     return not (name.startswith("head") and name.endswith("bias") and parameter.shape == (num_classes,))
 
 
@@ -82,10 +83,27 @@ def rate_factor(train: TrainConfig, epoch: int, step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (now - warmup) / (total - warmup)))
 
 
+def stepwise_rate(base: float, step: int, total: int, warmup: int, lowest: float, schedule: str, start: float) -> float:
+    """The rate of a step, counted from 0: linear from `start` to `base`, then a cosine to `lowest`, or `base`.
+
+    The first step takes one part of the way up, so that it is not lost where `start` is 0.
+    """
+    if step < warmup:
+        return start + (base - start) * (step + 1) / warmup
+    if schedule == "constant":
+        return base
+    return lowest + (base - lowest) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Give every group its full rate times `factor`."""
+    apply_rates(optimizer, lambda base: base * factor)
+
+
+def apply_rates(optimizer: torch.optim.Optimizer, rate_of: Callable[[float], float]) -> None:
+    """Give every group what `rate_of` makes of its full rate."""
     for group in optimizer.param_groups:
-        rate = group["base_lr"] * factor
+        rate = rate_of(group["base_lr"])
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(rate)
         else:

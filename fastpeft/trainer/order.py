@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy
@@ -45,14 +46,25 @@ class Deal:
         """Optimizer steps of an epoch."""
         return self.size // self.batch_size if self.drop_last else math.ceil(self.size / self.batch_size)
 
-    def batch(self, order: list[int], step: int) -> list[int]:
+    def steps_of(self, epoch: int) -> int:
+        """Optimizer steps of one of the epochs."""
+        return self.steps
+
+    def seen(self, epochs: int) -> int:
+        """Samples of so many epochs."""
+        return epochs * min(self.size, self.steps * self.batch_size)
+
+    def batch(self, order: Sequence[int], step: int) -> list[int]:
         """The image indices of one step, from the epoch's order."""
-        return order[step * self.batch_size : (step + 1) * self.batch_size]
+        return list(order[step * self.batch_size : (step + 1) * self.batch_size])
 
     def order(self, epoch: int) -> list[int]:
         """The image indices of an epoch, shuffled."""
-        generator = torch.Generator().manual_seed(mix(self.seed, SHUFFLE, epoch))
-        return torch.randperm(self.size, generator=generator).tolist()
+        return list(_shuffled(self.size, self.seed, epoch))
+
+    def keys(self, epoch: int, step: int) -> list[tuple[int, int]]:
+        """What one step reads: (epoch, image index)."""
+        return [(epoch, index) for index in self.batch(_shuffled(self.size, self.seed, epoch), step)]
 
     def smallest_part(self) -> int:
         """Images of the smallest micro-batch that holds any."""
@@ -60,6 +72,47 @@ class Deal:
         if not self.drop_last and self.size % self.batch_size:
             sizes.add(self.size % self.batch_size)
         return min(size // self.parts or 1 for size in sizes)
+
+
+@dataclass(frozen=True)
+class Stream(Deal):
+    """Samples dealt to a given number of steps, over as many passes as that takes; a batch may reach into the next one.
+
+    What is an epoch elsewhere is here the part up to the next evaluation.
+
+    Attributes:
+        total: Steps in all.
+        every: Steps of a part; the last may have fewer.
+    """
+
+    total: int
+    every: int
+
+    @property
+    def epochs(self) -> int:
+        """How many parts there are."""
+        return math.ceil(self.total / self.every)
+
+    def steps_of(self, epoch: int) -> int:
+        """Steps of a part."""
+        return min(self.every, self.total - epoch * self.every)
+
+    def seen(self, epochs: int) -> int:
+        """Samples of the first so many parts, repeated ones too."""
+        return min(epochs * self.every, self.total) * self.batch_size
+
+    def keys(self, epoch: int, step: int) -> list[tuple[int, int]]:
+        """What one step reads: (pass over the samples, index)."""
+        first = (epoch * self.every + step) * self.batch_size
+        places = [divmod(place, self.size) for place in range(first, first + self.batch_size)]
+        return [(at, _shuffled(self.size, self.seed, at)[place]) for at, place in places]
+
+
+@lru_cache(maxsize=4)
+def _shuffled(size: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """All indices in the order of an epoch."""
+    generator = torch.Generator().manual_seed(mix(seed, SHUFFLE, epoch))
+    return tuple(torch.randperm(size, generator=generator).tolist())
 
 
 @dataclass(frozen=True)
@@ -77,12 +130,11 @@ class Part:
 def parts_of(deal: Deal, rank: int, world: int, epoch: int, first_step: int, epochs: int) -> Iterator[Part]:
     """The micro-batches of one rank from a position to the end of training, as (epoch, image) keys."""
     for at_epoch in range(epoch, epochs):
-        order = deal.order(at_epoch)
-        for step in range(first_step if at_epoch == epoch else 0, deal.steps):
-            batch = deal.batch(order, step)
+        for step in range(first_step if at_epoch == epoch else 0, deal.steps_of(at_epoch)):
+            batch = deal.keys(at_epoch, step)
             for part in range(rank, deal.parts, world):
-                indices = batch[part :: deal.parts]
-                yield Part([(at_epoch, index) for index in indices or batch[:1]], len(indices))
+                keys = batch[part :: deal.parts]
+                yield Part(keys or batch[:1], len(keys))
 
 
 class Keyed(Dataset):

@@ -17,7 +17,7 @@ import torch.distributed
 from torch import nn
 
 from fastpeft.engine.block import BlockState
-from fastpeft.trainer.stepper import Stepper, state_keys
+from fastpeft.trainer.stepper import Stepper, offloading, state_keys
 
 
 class PartitionedStepper(Stepper):
@@ -27,7 +27,13 @@ class PartitionedStepper(Stepper):
     """
 
     def __init__(
-        self, model: nn.Module, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, micro_batch: int
+        self,
+        model: nn.Module,
+        named: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        micro_batch: int,
+        offload: str = "none",
+        readers: Sequence[tuple[nn.Module, Sequence[nn.Parameter]]] = (),
     ) -> None:
         """Divide the model's weights, in place, and start DeepSpeed's engine.
 
@@ -36,6 +42,9 @@ class PartitionedStepper(Stepper):
             named: The trained parameters, each once, by their names in a checkpoint.
             optimizer: Over the same parameters.
             micro_batch: Images of a micro-batch; DeepSpeed only reports it.
+            offload: "optimizer" keeps masters and optimizer state in the host's memory, "all" the shares of all
+                weights too.
+            readers: Modules, besides the engine's blocks, that read weights which are not their own, and those weights.
         """
         self.named = dict(named)
         self.optimizer = optimizer
@@ -49,11 +58,13 @@ class PartitionedStepper(Stepper):
             "stage3_param_persistence_threshold": 0,
             # The bucket is allocated, two gigabytes of it by default; few parameters have gradients here.
             "reduce_bucket_size": min(trained, 500_000_000),
+            **offloading(offload),
         }
-        with _without_new_hooks([module for module in model.modules() if _gathers_nothing(module, model, blocks)]):
+        readers = [*((block, list(block.parameters())) for block in blocks), *readers]
+        with _without_new_hooks(_gathering_nothing(model, blocks, [module for module, _ in readers])):
             self._start(model, micro_batch, options)
-        for block in blocks:
-            _own_all(block)
+        for reader, weights in readers:
+            _own(reader, weights)
         self._fill_state(0)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -100,12 +111,15 @@ class PartitionedStepper(Stepper):
             self.optimizer.state[flat] = state | self._step_count(steps_taken, flat)
 
 
-def _gathers_nothing(module: nn.Module, model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
-    """Whether no weight has to be there for the module's own sake: it lies in a block, or has no weight of its own."""
-    if module is model or module in blocks:
-        return False
-    inside = any(module is part for block in blocks for part in block.modules())
-    return inside or next(module.parameters(recurse=False), None) is None
+def _gathering_nothing(model: nn.Module, blocks: Sequence[nn.Module], readers: Sequence[nn.Module]) -> list[nn.Module]:
+    """The modules for whose own sake no weight has to be there: they lie in a block, or have no weight of their own."""
+    inside = {part for block in blocks for part in block.modules()}
+    kept = {model, *readers}
+    return [
+        module
+        for module in model.modules()
+        if module not in kept and (module in inside or next(module.parameters(recurse=False), None) is None)
+    ]
 
 
 @contextlib.contextmanager
@@ -119,14 +133,14 @@ def _without_new_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
             del hooks[key]
 
 
-def _own_all(block: nn.Module) -> None:
-    """Let DeepSpeed gather the parameters of all layers of a block for the block itself."""
+def _own(reader: nn.Module, weights: Sequence[nn.Parameter]) -> None:
+    """Let DeepSpeed gather weights for a module that reads them, though they are registered elsewhere."""
     import deepspeed
 
-    own = {id(parameter) for parameter in block.parameters(recurse=False)}
-    for parameter in block.parameters():
+    own = {id(parameter) for parameter in reader.parameters(recurse=False)}
+    for parameter in weights:
         if id(parameter) not in own:
-            deepspeed.zero.register_external_parameter(block, parameter)
+            deepspeed.zero.register_external_parameter(reader, parameter)
 
 
 def _share(value: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:

@@ -46,16 +46,23 @@ def peak_memory_mb(device: torch.device) -> dict[str, float]:
 
 def rows(results: dict[str, Any]) -> dict[str, str]:
     """The table of a finished run."""
-    test = results["test_accuracy"]
+    metric = results.get("metric", "accuracy")
+    test, last = results[f"test_{metric}"], results["history"][-1]
     table = {
         "method": results["method"],
         "trained parameters": f"{results['trained_parameters']:,} ({results['trained_share']:.2%} of all)",
-        "test accuracy": f"{test['last']:.2%} at the last epoch",
     }
+    # Of a run by the step the parts are known by their last steps.
+    unit = "step" if "step" in last else "epoch"
+    name = f"test {metric.replace('_', ' ')}"
+    if test["last"] is not None:
+        table[name] = f"{shown(metric, test['last'])} at the last {unit}"
+    at = results["history"][results["selected_epoch"] - 1][unit]
     if test.get("best_val") is not None:
-        table["test accuracy, selected"] = (
-            f"{test['best_val']:.2%} at epoch {results['selected_epoch']}, the best on validation"
-        )
+        table[f"{name}, selected"] = f"{shown(metric, test['best_val'])} at {unit} {at}, the best on validation"
+    elif test["last"] is None and f"val_{metric}" in results["history"][results["selected_epoch"] - 1]:
+        score = results["history"][results["selected_epoch"] - 1][f"val_{metric}"]
+        table[f"validation {metric.replace('_', ' ')}"] = f"{shown(metric, score)} at {unit} {at}"
     table["training"] = f"{results['seconds']['train']:.0f} s, {results['ms_per_image']:.2f} ms per image"
     table["whole run"] = f"{results['seconds']['total']:.0f} s"
     table["peak memory"] = ", ".join(f"{value:,.0f} MB {where}" for where, value in results["peak_memory_mb"].items())
@@ -63,23 +70,29 @@ def rows(results: dict[str, Any]) -> dict[str, str]:
     return table
 
 
-def draw(history: list[dict[str, Any]], path: Path) -> None:
-    """Plot loss and accuracy by epoch."""
+def shown(metric: str, score: float) -> str:
+    """A score for the reader: accuracies in percent, those of captions times 100, as papers give them."""
+    return f"{score:.2%}" if metric == "accuracy" else f"{100 * score:.1f}"
+
+
+def draw(history: list[dict[str, Any]], path: Path, metric: str = "accuracy") -> None:
+    """Plot loss and score by epoch, or by step where the history says which."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    epochs = [entry["epoch"] for entry in history]
-    left.plot(epochs, [entry["train_loss"] for entry in history], marker=".", label="train")
+    unit = "step" if "step" in history[-1] else "epoch"
+    left.plot([entry[unit] for entry in history], [entry["train_loss"] for entry in history], marker=".", label="train")
     for split in ("val", "test"):
-        seen = [entry for entry in history if f"{split}_accuracy" in entry]
-        if seen:
-            at = [entry["epoch"] for entry in seen]
-            left.plot(at, [entry[f"{split}_loss"] for entry in seen], marker=".", label=split)
-            right.plot(at, [100 * entry[f"{split}_accuracy"] for entry in seen], marker=".", label=split)
-    left.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
-    right.set(xlabel="epoch", ylabel="top-1 accuracy, %")
+        for axis, name, factor in ((left, f"{split}_loss", 1), (right, f"{split}_{metric}", 100)):
+            seen = [entry for entry in history if entry.get(name) is not None]
+            if seen:
+                values = [factor * entry[name] for entry in seen]
+                axis.plot([entry[unit] for entry in seen], values, marker=".", label=split)
+    left.set(xlabel=unit, ylabel="cross-entropy", yscale="log")
+    right.set(xlabel=unit, ylabel="top-1 accuracy, %" if metric == "accuracy" else f"{metric}, x 100")
     for axis in (left, right):
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     unfinished = path.with_name(f".{path.name}")
     figure.savefig(unfinished, dpi=120, format="png")
     unfinished.replace(path)

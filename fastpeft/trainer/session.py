@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 import fastpeft
-from fastpeft.config import Config
-from fastpeft.data.dataset import ImageDataset
-from fastpeft.trainer import checkpoint, features, launch, optim, results
+from fastpeft.config import RunConfig
+from fastpeft.trainer import checkpoint, kinds, launch, optim, results
 from fastpeft.trainer.feature_store import FeatureStore
 from fastpeft.trainer.folder import RunFolder
 from fastpeft.trainer.logs import Logs
@@ -19,12 +18,11 @@ from fastpeft.trainer.loop import Loop
 from fastpeft.trainer.partitioned import PartitionedStepper
 from fastpeft.trainer.report import Reporter
 from fastpeft.trainer.stepper import Stepper
-from fastpeft.trainer.task import Task, blame, prepare
-from fastpeft.trainer.workload import Workload, deal_images
+from fastpeft.trainer.task import blame
 
 
 def run(
-    config: Config,
+    config: RunConfig,
     source: str,
     fresh: bool,
     report: Reporter,
@@ -64,7 +62,7 @@ def run(
 
 
 def _train(
-    config: Config,
+    config: RunConfig,
     source: str,
     folder: RunFolder,
     report: Reporter,
@@ -73,12 +71,13 @@ def _train(
     store: FeatureStore | None,
 ) -> dict[str, Any]:
     """Train from the last checkpoint, or from the beginning, to the end."""
-    task, model = prepare(config, source)
-    deal = deal_images(task, model, ranks)
+    kind = kinds.of(config)
+    task, model = kind.prepare(config, source)
+    deal = kind.deal(task, model, ranks)
     launch.start(ranks)
-    report.say(f"data      {task.splits.description}")
-    work = Workload(task, model, deal, ranks, report, store)
-    _decode(work, report)
+    report.say(f"data      {task.description}")
+    work = kind.work(task, model, deal, ranks, report, store)
+    work.preload(report)
     summary = fastpeft.summary(work.model)
     report.say(f"model     {config.model.name}, {_method_name(config)}: {summary.trainable:,} parameters trained")
     report.say(f"precision {work.precision}")
@@ -87,13 +86,17 @@ def _train(
     groups = fastpeft.parameter_groups(work.model)
     optimizer = optim.build_optimizer(groups, task.num_classes, config.train)
     micro_batch = max(1, work.deal.batch_size // work.deal.parts)
-    if config.train.zero == 3:
-        stepper = PartitionedStepper(work.trained_module(), work.named_trained(), optimizer, micro_batch)
+    zero, offload = config.train.zero, config.train.offload
+    if zero == 3:
+        readers = work.whole_readers()
+        stepper = PartitionedStepper(
+            work.trained_module(), work.named_trained(), optimizer, micro_batch, offload, readers
+        )
     else:
-        stepper = Stepper(work.named_trained(), optimizer, micro_batch, config.train.zero)
+        stepper = Stepper(work.named_trained(), optimizer, micro_batch, zero, offload)
     loop = Loop(work, stepper, ranks, folder, report, started)
     if loop.resume():
-        report.say(f"resuming  after step {loop.position.global_step} (epoch {loop.position.epoch + 1})")
+        report.say(f"resuming  after step {loop.position.global_step} ({work.part} {loop.position.epoch + 1})")
     logs = Logs(folder.logs, loop.position.global_step, ranks.first)
     try:
         loop.run(logs)
@@ -106,33 +109,29 @@ def _train(
     return outcome
 
 
-def _decode(work: Workload, report: Reporter) -> None:
-    """Decode the splits that are not encoded, so that a broken image ends the run before it starts."""
-    for name in ("train", "val", "test"):
-        split = getattr(work, f"{name}_split")
-        if isinstance(split, ImageDataset):
-            features.preload(split, report, name)
-
-
 def _finish(loop: Loop, summary: Any) -> dict[str, Any]:
     """Test, select and save the adapter, and write the results; collective."""
     work, folder, position, config = loop.work, loop.folder, loop.position, loop.work.task.config
     last = position.history[-1]
-    test = {"last": last.get("test_accuracy"), "best_val": None}
+    score = f"test_{work.metric}"
+    test = {"last": last.get(score), "best_val": None}
     chosen = loop.trained_tensors()
     selected = position.epoch
-    if work.val_split is not None:
-        test["last"] = loop.measure("test")["test_accuracy"]
+    more = {name: value for name, value in last.items() if name.startswith("test_")}
+    if work.val_split is not None and work.test_split is not None:
+        more = loop.measure("test")
+        test["last"] = more.get(score)
     if work.val_split is not None and config.train.select == "best":
         chosen, selected = loop.best, int(position.best["epoch"])
         if selected != position.epoch:
             loop.stepper.load_parameters(chosen)
             work.load_buffers({name: chosen[name] for name in work.buffers()})
-            test["best_val"] = loop.measure("test")["test_accuracy"]
+            if work.test_split is not None:
+                more = loop.measure("test")
+                test["best_val"] = more.get(score)
         else:
             test["best_val"] = test["last"]
     memory = results.peak_memory_mb(loop.ranks.device)
-    seen = position.global_step * work.deal.batch_size if config.train.drop_last else position.epoch * work.deal.size
     outcome = {
         "model": config.model.name,
         "method": _method_name(config),
@@ -140,14 +139,16 @@ def _finish(loop: Loop, summary: Any) -> dict[str, Any]:
         "backbone_parameters": summary.backbone,
         "trained_share": summary.share,
         "train_size": work.deal.size,
-        "test_accuracy": test,
+        "metric": work.metric,
+        score: test,
+        **work.scores(more),
         "selected_epoch": selected,
         "history": position.history,
         "seconds": {
             "train": round(position.train_seconds, 3),
             "total": round(loop.total_seconds(), 3),
         },
-        "ms_per_image": round(1000 * position.train_seconds / seen, 4),
+        "ms_per_image": round(1000 * position.train_seconds / work.deal.seen(position.epoch), 4),
         "peak_memory_mb": memory,
         "precision": work.precision,
         "cached_features": work.cached,
@@ -159,45 +160,31 @@ def _finish(loop: Loop, summary: Any) -> dict[str, Any]:
     }
     if loop.ranks.first:
         _export(work.task, chosen, selected, folder)
-        results.draw(position.history, folder.plot)
+        outcome["next"] = work.task.use(folder.adapter)
+        results.draw(position.history, folder.plot, work.metric)
         # Last: a folder with results is a finished run.
         checkpoint.write_text(folder.results, json.dumps(outcome, indent=1))
     return outcome
 
 
-def _export(task: Task, tensors: dict[str, torch.Tensor], epoch: int, folder: RunFolder) -> None:
+def _export(task: Any, tensors: dict[str, torch.Tensor], epoch: int, folder: RunFolder) -> None:
     """Save the adapter from a newly built model, whose frozen weights were never rounded to the working format."""
-    config = task.config
     model = task.build()
     with torch.no_grad():
         state = model.state_dict()
         for name, tensor in tensors.items():
             state[name].copy_(tensor)
-    fastpeft.save(
-        model,
-        folder.adapter,
-        base_model=config.model.name,
-        weights=config.model.weights,
-        **({"model_options": config.model.options} if config.model.options else {}),
-        start=config.model.start,
-        init_seed=task.init_seed,
-        image_size=config.model.image_size,
-        num_classes=task.num_classes,
-        mean=task.mean,
-        std=task.std,
-        resize=config.data.resize,
-        class_names=task.splits.class_names,
-        epoch=epoch,
-    )
+    fastpeft.save(model, folder.adapter, epoch=epoch, **task.metadata())
 
 
 def _close(outcome: dict[str, Any], folder: RunFolder, report: Reporter) -> None:
     report.table(results.rows(outcome), title=f"{outcome['model']}, {outcome['method']}")
     report.say(f"adapter   {folder.adapter}")
     report.say(f"results   {folder.results}, {folder.plot}; tensorboard --logdir {folder.logs}")
-    report.say(f"next      python -m fastpeft.predict {folder.adapter} IMAGE...")
+    if "next" in outcome:
+        report.say(f"next      {outcome['next']}")
 
 
-def _method_name(config: Config) -> str:
+def _method_name(config: RunConfig) -> str:
     parts = config.method if isinstance(config.method, list) else [config.method]
     return " + ".join(str(part["name"]) for part in parts)

@@ -20,6 +20,13 @@ def state_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
     return ("momentum_buffer",) if optimizer.defaults["momentum"] else ()
 
 
+def offloading(offload: str) -> dict[str, dict[str, object]]:
+    """DeepSpeed's options for `train.offload`."""
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    places = {"none": (), "optimizer": ("offload_optimizer",), "all": ("offload_optimizer", "offload_param")}
+    return {place: dict(host) for place in places[offload]}
+
+
 class _Trained(nn.Module):
     """The trained parameters as a module of their own; the forward pass is called on the model directly."""
 
@@ -32,7 +39,12 @@ class Stepper:
     """Accumulates gradients over micro-batches and ranks, and takes optimizer steps."""
 
     def __init__(
-        self, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, micro_batch: int, zero: int
+        self,
+        named: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        micro_batch: int,
+        zero: int,
+        offload: str = "none",
     ) -> None:
         """Start DeepSpeed's engine.
 
@@ -41,12 +53,13 @@ class Stepper:
             optimizer: Over the same parameters.
             micro_batch: Images of a micro-batch; DeepSpeed only reports it.
             zero: ZeRO stage, 0 to 2.
+            offload: "optimizer" keeps masters and optimizer state in the host's memory, with stages 1 and 2.
         """
         self.named = dict(named)
         self.optimizer = optimizer
         self.zero = zero
         self._keys = state_keys(optimizer)
-        self._start(_Trained(list(self.named.values())), micro_batch, {"stage": zero})
+        self._start(_Trained(list(self.named.values())), micro_batch, {"stage": zero, **offloading(offload)})
         if zero:
             self._create_partitioned_state()
 
@@ -65,6 +78,8 @@ class Stepper:
                 # DeepSpeed clips to a norm of 1 unless told not to; the papers' protocols do not clip.
                 "gradient_clipping": 0.0,
                 "zero_allow_untested_optimizer": True,
+                # Offloaded state is stepped by torch's optimizer too, which gives the same bits wherever it lies.
+                "zero_force_ds_cpu_optimizer": False,
                 "steps_per_print": None,
             },
         )

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,6 +43,32 @@ class Task:
     def init_seed(self) -> int:
         """The seed under which the model is built, random base weights included."""
         return mix(self.config.train.seed, INIT)
+
+    @property
+    def description(self) -> str:
+        """The data in a line."""
+        return self.splits.description
+
+    def metadata(self) -> dict[str, Any]:
+        """What is written into an adapter's configuration, so that it can be used without the run's."""
+        config = self.config
+        return {
+            "base_model": config.model.name,
+            "weights": config.model.weights,
+            **({"model_options": config.model.options} if config.model.options else {}),
+            "start": config.model.start,
+            "init_seed": self.init_seed,
+            "image_size": config.model.image_size,
+            "num_classes": self.num_classes,
+            "mean": self.mean,
+            "std": self.std,
+            "resize": config.data.resize,
+            "class_names": self.splits.class_names,
+        }
+
+    def use(self, adapter: Path) -> str:
+        """What can be done with the run's adapter next: a command."""
+        return f"python -m fastpeft.predict {adapter} IMAGE..."
 
     def build(self) -> nn.Module:
         """A new fp32 model on the CPU, patched and initialised; the same one every time."""

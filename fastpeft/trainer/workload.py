@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 from torch.utils.data import Dataset
 
 import fastpeft
 from fastpeft.config import ConfigError
-from fastpeft.trainer import features, precision
+from fastpeft.data.dataset import ImageDataset
+from fastpeft.trainer import features, optim, precision
+from fastpeft.trainer.evaluate import Spare, evaluate
 from fastpeft.trainer.feature_store import FeatureStore
 from fastpeft.trainer.launch import Ranks
-from fastpeft.trainer.order import STEP, Deal, mix
+from fastpeft.trainer.order import Deal, evaluation_batches, parts_of, training_batches
 from fastpeft.trainer.report import Reporter
 from fastpeft.trainer.task import Task
+from fastpeft.trainer.work import Rate, Work
 
 
 def deal_images(task: Task, model: nn.Module, ranks: Ranks) -> Deal:
@@ -46,21 +52,17 @@ def deal_images(task: Task, model: nn.Module, ranks: Ranks) -> Deal:
     return deal
 
 
-class Workload:
-    """Model, splits and number format, ready to train.
+class Workload(Work):
+    """A classifier's run.
 
     Attributes:
-        task: What is trained, on what.
-        model: The patched model on its device, frozen weights in the working format.
-        dtype: The working format.
-        precision: The format in words, with the reason.
-        deal: How images are dealt to steps, ranks and micro-batches.
         train_split: Images, or features, with labels.
         val_split: Likewise, or None.
         test_split: Likewise. Images beside encoded training images, if there was no room for their features.
         evaluation_batch: Inputs of an evaluation batch.
-        cached: What was computed once, in words, or None.
     """
+
+    metric = "accuracy"
 
     def __init__(
         self,
@@ -71,22 +73,73 @@ class Workload:
         report: Reporter,
         store: FeatureStore | None = None,
     ) -> None:
+        super().__init__(task, model, deal, ranks)
         config = task.config
-        self.task = task
-        self.dtype, self.precision = precision.choose(config.train.precision, ranks.device)
-        self.deal = deal
-        self.model = model.to(ranks.device)
-        precision.cast_frozen(self.model, self.dtype)
-        fastpeft.refresh(self.model)
-        fastpeft.set_rng_state(self.model, seed=mix(config.train.seed, STEP), step=0, rank=ranks.rank)
         self.train_split, self.val_split, self.test_split = task.splits.train, task.splits.val, task.splits.test
         self.evaluation_batch = features.BATCH
-        self.cached: str | None = None
-        self._trained: nn.Module = self.model
         self._prefix = None
         self._device, self._forward_dtype = ranks.device, self.dtype
         if config.train.cache_features == "auto" and task.splits.deterministic:
             self._cache(ranks, report, store)
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the images."""
+        return self.task.config.train.epochs
+
+    def batches(self, epoch: int, step: int) -> Iterator[tuple[tuple[torch.Tensor, torch.Tensor], int]]:
+        """Inputs and labels."""
+        parts = parts_of(self.deal, self.ranks.rank, self.ranks.world, epoch, step, self.epochs)
+        for inputs, labels, counted in training_batches(self.train_split, parts, self.task.config.data.workers):
+            yield (inputs, labels), counted
+
+    def units(self, keys: list[tuple[int, int]]) -> float:
+        """The images."""
+        return len(keys)
+
+    def loss(self, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Cross-entropy."""
+        inputs, labels = batch
+        return F.cross_entropy(self.forward(inputs).float(), labels, reduction="sum")
+
+    def rate(self, epoch: int, step: int) -> Rate:
+        """A share of every group's full rate."""
+        factor = optim.rate_factor(self.task.config.train, epoch, step, self.deal.steps)
+        return lambda base: base * factor
+
+    def due(self, epoch: int) -> bool:
+        """At every so many epochs, and at the last."""
+        every = self.task.config.train.eval_every
+        return epoch == self.epochs or bool(every and epoch % every == 0)
+
+    def measure(self, split: str, report: Reporter, folder: Path) -> dict[str, float]:
+        """Accuracy and loss."""
+        dataset = {"val": self.val_split, "test": self.test_split}[split]
+        ranks, workers = self.ranks, self.task.config.data.workers
+        batches = evaluation_batches(dataset, self.evaluation_batch, ranks.rank, ranks.world, workers)
+        with report.bar(f"evaluating on {split}", len(dataset)) as advance:
+            counts = evaluate(
+                lambda inputs: self.forward(self.encoded(inputs, dataset)),
+                batches,
+                ranks.device,
+                lambda images: advance(images * ranks.world),
+                self._spare(dataset),
+            )
+        return {f"{split}_accuracy": counts.accuracy, f"{split}_loss": counts.loss}
+
+    def _spare(self, dataset: Dataset) -> Spare | None:
+        """What a rank runs that has fewer batches of a split than another, where a forward pass is collective."""
+        if self.task.config.train.zero < 3 or self.ranks.world == 1:
+            return None
+        rounds = math.ceil(len(dataset) / self.ranks.world / self.evaluation_batch)
+        return Spare(dataset[0][0].unsqueeze(0), rounds)
+
+    def preload(self, report: Reporter) -> None:
+        """Decode the splits that are not encoded."""
+        for name in ("train", "val", "test"):
+            split = getattr(self, f"{name}_split")
+            if isinstance(split, ImageDataset):
+                features.preload(split, report, name)
 
     def _cache(self, ranks: Ranks, report: Reporter, store: FeatureStore | None) -> None:
         """Encode splits once, if the model has a frozen prefix whose features are small enough to keep.
@@ -140,34 +193,3 @@ class Workload:
             return inputs
         with precision.autocast(self._device, self.dtype):
             return self._prefix.encode(inputs)
-
-    def train_mode(self) -> None:
-        """Turn on what is random in training; a frozen backbone keeps its own dropout off."""
-        self.model.train()
-        self._trained.train()
-
-    def eval_mode(self) -> None:
-        """Turn it off."""
-        self.model.eval()
-        self._trained.eval()
-
-    def named_trained(self) -> dict[str, nn.Parameter]:
-        """Each trained parameter once, by its first name in the model."""
-        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-
-    def trained_module(self) -> nn.Module:
-        """The module that a step calls: the model, or what follows its cached part."""
-        return self._trained
-
-    def buffers(self) -> dict[str, torch.Tensor]:
-        """Copies of the buffers that a state dict holds, such as a head's running statistics."""
-        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        state = self.model.state_dict()
-        return {name: tensor.detach().cpu().clone() for name, tensor in state.items() if name not in parameters}
-
-    def load_buffers(self, buffers: dict[str, torch.Tensor]) -> None:
-        """Put back what `buffers` returned."""
-        with torch.no_grad():
-            state = self.model.state_dict()
-            for name, tensor in buffers.items():
-                state[name].copy_(tensor)

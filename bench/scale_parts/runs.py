@@ -1,0 +1,144 @@
+"""Runs of the training command, alone and on ranks of this machine, and what is compared of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.scale_parts.data import make_captions, make_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 20
+BATCH = 4
+# Of a step's loss, |a - b| / |b|: sums of twenty steps in fp32, rounded in another order.
+BOUND = 1e-4
+
+METHODS = {
+    "vpt": {"name": "vpt", "length": 10, "dropout": 0.0},
+    "lora": {"name": "lora", "rank": 8, "targets": ["q", "k"]},
+    "prefix": {"name": "prefix", "length": 8, "form": "hidden"},
+}
+_TINY = {
+    "patch_size": 16,
+    "image_width": 48,
+    "image_depth": 2,
+    "image_heads": 3,
+    "width": 32,
+    "num_heads": 4,
+    "intermediate": 64,
+    "text_layers": 1,
+    "fusion_layers": 4,
+    "stride": 2,
+    "decoder_layers": 2,
+}
+
+
+def config(kind: str, method: str, folder: Path, out: Path, *, tiny: bool, **train: Any) -> dict[str, Any]:
+    """A run of twenty steps in fp32 without dropout, on images of 64 pixels.
+
+    Args:
+        kind: "vit" or "mplug".
+        method: One of `METHODS`.
+        folder: Where its data are made.
+        out: Where it leaves its results.
+        tiny: A model of a few blocks, for tests of the benchmark.
+        **train: Of the section of that name.
+    """
+    common = {"batch_size": BATCH, "optimizer": "sgd", "precision": "fp32"}
+    if kind == "vit":
+        # Four images, so that an epoch is a step and has a line of its own in the history.
+        return {
+            "model": {"name": "test_vit" if tiny else "vit_base_patch16_224", "weights": "random", "image_size": 64},
+            "data": {"name": "folder", "root": str(make_folder(folder / "images", BATCH))},
+            "method": METHODS[method],
+            "train": {
+                **common,
+                "epochs": STEPS,
+                "base_lr": 0.5,
+                "warmup_epochs": 1,
+                "eval_every": 0,
+                "checkpoint_every": "5 steps",
+                **train,
+            },
+            "out": str(out),
+        }
+    captions = str(make_captions(folder / "captions", 2 * BATCH))
+    sizes = {"dropout": 0.0, "attention_dropout": 0.0, **(_TINY if tiny else {})}
+    return {
+        "model": {"name": "mplug" if tiny else "mplug_base", "image_size": 64, "sizes": sizes},
+        "data": {"name": "coco_caption", "root": str(folder / "captions"), "train": captions, "test": captions},
+        "method": METHODS[method],
+        "train": {
+            **common,
+            "steps": STEPS,
+            "base_lr": 0.05,
+            "eval_every": 1,
+            "checkpoint_every": "5 steps",
+            **train,
+        },
+        # A token of one image after each step, which makes the step's loss a line of the history.
+        "eval": {"beams": 1, "min_length": 0, "max_length": 1, "tokenizer": "python", "metrics": ["cider"]},
+        "out": str(out),
+    }
+
+
+def run(tree: Mapping[str, Any], ranks: int, *, seconds: float = 1800.0) -> dict[str, Any]:
+    """Run the command to its end and return its results.
+
+    Raises:
+        RuntimeError: It failed; the message is the end of what it said.
+    """
+    out = Path(tree["out"])
+    path = out.with_suffix(".yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # JSON is YAML, too.
+    path.write_text(json.dumps(tree))
+    done = subprocess.run(
+        command(path, ranks), capture_output=True, text=True, timeout=seconds, env=environment(), cwd=ROOT, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{path.stem}: {(done.stderr or done.stdout).strip()[-1500:]}")
+    return json.loads((out / "results.json").read_text())
+
+
+def command(path: Path, ranks: int) -> list[str]:
+    """The command line of a configuration."""
+    script = [str(ROOT / "fastpeft" / "train.py"), "--config", str(path)]
+    return [*(launcher(ranks) if ranks > 1 else [sys.executable]), *script]
+
+
+def launcher(ranks: int) -> list[str]:
+    """DeepSpeed's launcher on a port that is free, up to the script."""
+    found = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if found is None:
+        raise RuntimeError("DeepSpeed's launcher is not installed; pip install 'fastpeft[train]'")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [found, "--num_accelerators", str(ranks), "--master_port", str(port)]
+
+
+def environment() -> dict[str, str]:
+    """Of a command: this checkout, one thread a rank, the CPU."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    return kept | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+
+
+def losses(results: Mapping[str, Any]) -> list[float]:
+    """The loss of each step."""
+    return [entry["train_loss"] for entry in results["history"]]
+
+
+def largest_difference(first: list[float], second: list[float]) -> float:
+    """The largest relative difference of two runs' losses; infinite where they have not as many steps."""
+    if len(first) != len(second) or not all(map(math.isfinite, [*first, *second])):
+        return math.inf
+    return max(abs(a - b) / abs(b) for a, b in zip(first, second, strict=True))

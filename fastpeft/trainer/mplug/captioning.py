@@ -1,0 +1,124 @@
+"""Captioning as training work: COCO's captions, the loss by the token, scores of generated captions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastpeft.config_mplug import CaptionConfig
+from fastpeft.data.captions import Captions, read_captions
+from fastpeft.data.draws import drawn_share
+from fastpeft.data.errors import DataError
+from fastpeft.data.vl_batches import CaptionBatch, CaptionCollate
+from fastpeft.data.vl_datasets import END, CaptionImages, CaptionPairs
+from fastpeft.metrics import ptb
+from fastpeft.metrics.captions import METRICS, caption_records, score_captions
+from fastpeft.metrics.result_files import write_records
+from fastpeft.models.mplug import Stream
+from fastpeft.trainer.mplug.build import open_tokenizer
+from fastpeft.trainer.mplug.task import MPlugTask, Split, image_files, prepared
+from fastpeft.trainer.mplug.work import MPlugWork
+from fastpeft.trainer.task import blame
+
+
+def prepare(config: CaptionConfig, source: str) -> tuple[MPlugTask, nn.Module]:
+    """Open the captions, build the model, and check that they fit each other and the optimizer.
+
+    Raises:
+        ConfigError: Something does not; one line with the file and the section.
+    """
+    data = config.data
+    with blame(source, "model"):
+        tokenizer = open_tokenizer(config.model)
+    with blame(source, "eval"):
+        _check_scorers(config)
+    with blame(source, "data"):
+        found = {"train": read_captions(data.train, data.root, "train")}
+        for name, path in (("val", data.val), ("test", data.test)):
+            if path is not None:
+                found[name] = read_captions(path, data.root, name)
+                found[name].references()
+        chosen = drawn_share(len(found["train"].pairs), 100 * data.data_ratio, data.seed)
+    sizes = [f"{len(chosen):,} of {len(found['train'].pairs):,} captions"]
+    sizes += [f"{len(split.images):,} {name} images" for name, split in found.items() if name != "train"]
+    split = partial(_splits, config, found, [int(number) for number in chosen])
+    return prepared(config, source, tokenizer, split, f"captions of {data.train}: {', '.join(sizes)}")
+
+
+def _check_scorers(config: CaptionConfig) -> None:
+    """Look for what the first evaluation would miss after an hour of training.
+
+    Raises:
+        DataError: It is not there.
+    """
+    ptb.package_folder()
+    if ptb.java() is not None:
+        return
+    if config.eval.tokenizer == "java":
+        raise DataError("tokenizer: 'java' needs Java, and no 'java' that runs was found; give eval.tokenizer=python")
+    if config.eval.metric == "meteor":
+        raise DataError("metric: METEOR needs Java, and no 'java' that runs was found; give another, such as cider")
+
+
+def _splits(config: CaptionConfig, found: dict[str, Captions], chosen: list[int], size: int) -> dict[str, Split]:
+    data, splits = config.data, {}
+    prompt = data.prompt if data.route == "fused" else None
+    for name, captions in found.items():
+        paths = [image.path for image in captions.images]
+        files = image_files(config, paths, size, training=name == "train")
+        if name == "train":
+            dataset = CaptionPairs(captions, files, prompt=prompt, chosen=chosen)
+            used = sorted({captions.pairs[number][0] for number in chosen})
+        else:
+            limit = data.val_size if name == "val" else data.test_size
+            used = list(range(len(captions.images)))[:limit]
+            dataset = CaptionImages(captions, files, prompt=prompt, chosen=used)
+        splits[name] = Split(dataset, captions, used)
+    return splits
+
+
+class Captioning(MPlugWork):
+    """A run of captioning. The loss is the mean over all tokens of a step, whichever ranks they are on."""
+
+    @property
+    def metric(self) -> str:
+        """As configured."""
+        return self.task.config.eval.metric
+
+    def collate(self, *, training: bool) -> Callable[[list], Any]:
+        """Images with the prompt, and captions in training."""
+        return CaptionCollate(self.task.tokenizer, self.task.config.data.max_length)
+
+    def units(self, keys: list[tuple[int, int]]) -> float:
+        """Tokens that are predicted: all but each caption's first."""
+        split = self.task.splits["train"]
+        captions, chosen = split.source, split.dataset.chosen
+        texts = []
+        for _, index in keys:
+            image, sentence = captions.pairs[chosen[index]]
+            texts.append(captions.images[image].sentences[sentence] + END)
+        _, mask = self.task.tokenizer(texts, self.task.config.data.max_length)
+        return int(mask[:, 1:].sum())
+
+    def memory(self, image: Stream, batch: CaptionBatch) -> Stream:
+        """By the route of the configuration."""
+        return self.model.memory(image, batch.prompt_ids, batch.prompt_mask, self.task.config.data.route)
+
+    def losses(self, memory: Stream, batch: CaptionBatch) -> Tensor:
+        """Cross-entropy of every token but the first."""
+        return self.model.token_losses(batch.ids, memory, batch.mask)[0].sum()
+
+    def score(self, split: str, texts: dict[int, str], folder: Path) -> dict[str, float]:
+        """COCO's scores, by name."""
+        captions: Captions = self.task.splits[split].source
+        asked = Captions([captions.images[number] for number in texts])
+        predictions = {image.name: text for image, text in zip(asked.images, texts.values(), strict=True)}
+        write_records(folder / f"{split}.json", caption_records(predictions, asked))
+        settings = self.task.config.eval
+        metrics = [name for name in METRICS if name.lower() in settings.metrics]
+        found = score_captions(predictions, asked.references(), tokenizer=settings.tokenizer, metrics=metrics)
+        return {name.lower(): value for name, value in found.scores.items()}

@@ -1,0 +1,365 @@
+"""Whole runs of a tiny mPLUG in this process: captions and questions about coloured squares."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import fastpeft
+from fastpeft.models.mplug import MPlug
+from fastpeft.trainer.loop import Loop
+from fastpeft.trainer.mplug.work import MPlugWork
+from fastpeft.trainer.stepper import Stepper
+from tests.trainer import vl
+from tests.trainer.test_resume import Killed, interrupt_after
+
+LEARNING = [{"name": "lora", "rank": 4, "targets": ["q", "k"]}, {"name": "classifier"}]
+
+
+@pytest.fixture(scope="session")
+def squares(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("squares")
+    vl.make(root)
+    return root
+
+
+@pytest.fixture
+def write(squares, tmp_path):
+    """Write a configuration file, given the sections that differ from the defaults, and return its path."""
+
+    def write(kind: str = "captions", *, out: str = "out", **changes) -> Path:
+        tree = vl.config(squares, kind, out=str(tmp_path / out), **changes)
+        # Text is generated at the end only, unless a test is about more.
+        tree["train"].setdefault("eval_every", 0)
+        path = tmp_path / f"{out}.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    return write
+
+
+def adapter(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def results(out: Path) -> dict:
+    return json.loads((out / "results.json").read_text())
+
+
+def close(first: Path, second: Path, rtol: float = 1e-4, atol: float = 1e-6) -> None:
+    expected = adapter(second)
+    for name, tensor in adapter(first).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=rtol, atol=atol)
+
+
+def one_line(err: str) -> str:
+    lines = [line for line in err.strip().splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    return lines[0]
+
+
+def test_captioning_learns_and_leaves_everything_it_promises(train, write, tmp_path):
+    config = write(method=LEARNING, train={"steps": 80, "warmup_steps": 4, "eval_every": 40, "base_lr": 2e-2})
+    code, out, err = train(config)
+    assert code == 0, err
+    found = results(tmp_path / "out")
+    first, last = found["history"]
+    assert (first["step"], last["step"]) == (40, 80)
+    assert last["train_loss"] < 0.5 * first["train_loss"]
+    assert "step 40/80" in out and "step 80/80" in out
+    assert found["test_cider"]["best_val"] is not None and set(found["test_scores"]) == {"cider", "bleu_4"}
+    # Something like the references was generated, of every test image once.
+    predictions = json.loads((tmp_path / "out" / "predictions" / "test.json").read_text())
+    assert [sorted(entry) for entry in predictions] == [["gold_caption", "pred_caption", "question_id"]] * 6
+    assert len({entry["question_id"] for entry in predictions}) == 6
+    assert found["test_scores"]["cider"] > 0.2
+    assert found["cached_features"] == "the image tower (train, val, test)"
+    assert found["trained_parameters"] == sum(tensor.numel() for tensor in adapter(tmp_path / "out").values())
+
+
+def test_answers_are_learned_and_written_for_submission(train, write, tmp_path):
+    code, _, err = train(write("vqa", method=LEARNING, train={"steps": 80, "base_lr": 2e-2}))
+    assert code == 0, err
+    found = results(tmp_path / "out")
+    predictions = json.loads((tmp_path / "out" / "predictions" / "test.json").read_text())
+    assert sorted(entry["question_id"] for entry in predictions) == list(range(10, 22))
+    assert {tuple(sorted(entry)) for entry in predictions} == {("answer", "question_id")}
+    # Colours and sides are told apart by the question, if by nothing else.
+    assert found["test_accuracy"]["last"] >= 0.3
+    assert found["metric"] == "accuracy"
+
+
+def test_the_adapter_fits_a_model_that_is_built_without_the_trainer(train, write, tmp_path, squares):
+    config = write(method={"name": "prefix", "length": 3, "form": "hidden"})
+    assert train(config)[0] == 0
+    from fastpeft.config import load_config
+    from fastpeft.trainer.mplug.build import build_mplug, open_tokenizer
+
+    saved = fastpeft.read_config(tmp_path / "out" / "adapter")
+    settings = load_config(config).model
+    torch.manual_seed(saved["init_seed"])
+    model = build_mplug(settings, open_tokenizer(settings))
+    assert isinstance(fastpeft.load(model, tmp_path / "out" / "adapter"), MPlug)
+    assert saved["task"] == {"name": "coco_caption", "route": "fused", "prompt": "a picture of"}
+
+
+@pytest.mark.parametrize("kind, augment", [("captions", "none"), ("vqa", "rand_augment")])
+def test_resuming_anywhere_gives_the_same_bytes(train, write, tmp_path, monkeypatch, kind, augment):
+    sizes = vl.config(tmp_path)["model"]["sizes"] | {"dropout": 0.2, "attention_dropout": 0.1}
+    changes = {
+        # Trained with it, the backbone drops out.
+        "method": {"name": "full"} if kind == "vqa" else [{"name": "lora", "dropout": 0.2}, {"name": "classifier"}],
+        "model": {"sizes": sizes},
+        "data": {"augment": augment, "data_ratio": 0.3, "val": None},
+        "train": {"steps": 9, "grad_accumulation": 2, "checkpoint_every": "2 steps"},
+    }
+    assert train(write(kind, out="whole", **changes))[0] == 0
+    config = write(kind, out="cut", **changes)
+    for steps in (3, 7):
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, steps)
+            with pytest.raises(Killed):
+                train(config)
+    code, out, err = train(config)
+    assert code == 0 and "resuming  after step 6" in out, err
+    first, second = ((tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_best_part_on_validation_is_kept(train, write, tmp_path, monkeypatch):
+    scores = {"val": iter([0.2, 0.9, 0.5]), "test": iter([0.3, 0.7])}
+    monkeypatch.setattr(Loop, "measure", lambda self, split: {f"{split}_cider": next(scores[split])})
+    code, out, err = train(write(train={"steps": 6, "eval_every": 2}))
+    assert code == 0, err
+    found = results(tmp_path / "out")
+    assert found["selected_epoch"] == 2
+    assert found["test_cider"] == {"last": 0.3, "best_val": 0.7}
+    assert fastpeft.read_config(tmp_path / "out" / "adapter")["epoch"] == 2
+    assert "70.0 at step 4, the best on validation" in out
+
+
+def test_a_smaller_share_of_the_data_is_part_of_a_larger_one(write):
+    from fastpeft.config import load_config
+    from fastpeft.trainer.mplug import captioning
+
+    chosen = {}
+    for ratio, seed in ((0.1, 0), (0.5, 0), (0.1, 1)):
+        config = load_config(write(data={"data_ratio": ratio, "seed": seed}))
+        chosen[ratio, seed] = set(captioning.prepare(config, "run.yaml")[0].splits["train"].dataset.chosen)
+    assert [len(share) for share in chosen.values()] == [5, 24, 5]
+    assert chosen[0.1, 0] < chosen[0.5, 0] and chosen[0.1, 0] != chosen[0.1, 1]
+
+
+@pytest.mark.parametrize("kind", ["captions", "vqa"])
+def test_accumulated_micro_batches_are_one_step_though_texts_have_different_lengths(train, write, tmp_path, kind):
+    # SGD: what AdamW makes of a gradient hides its size.
+    for parts in (1, 4):
+        options = {"grad_accumulation": parts, "optimizer": "sgd", "base_lr": 0.1}
+        assert train(write(kind, train=options, data={"val": None}, out=f"parts{parts}"))[0] == 0
+    close(tmp_path / "parts4", tmp_path / "parts1")
+    one, four = (results(tmp_path / name)["history"][-1]["train_loss"] for name in ("parts1", "parts4"))
+    assert four == pytest.approx(one, rel=1e-5)
+
+
+def test_tokens_computed_once_train_the_same_model(train, write, tmp_path):
+    for cache in ("auto", "off"):
+        assert train(write(train={"cache_images": cache}, out=cache))[0] == 0
+    assert results(tmp_path / "off")["cached_features"] is None
+    close(tmp_path / "auto", tmp_path / "off")
+
+
+def test_images_that_change_or_do_not_fit_are_not_kept(train, write, tmp_path, monkeypatch):
+    # 29 tokens of 48 numbers, four bytes each, for 24 training images: there is room for no others.
+    room = 24 * 5 * 48 * 4 / 2**30
+    assert train(write(train={"cache_gib": room}, out="room"))[0] == 0
+    assert results(tmp_path / "room")["cached_features"] == "the image tower (train)"
+    assert train(write(data={"augment": "crop"}, out="crop"))[0] == 0
+    assert results(tmp_path / "crop")["cached_features"] is None
+    assert train(write(method={"name": "full"}, out="full"))[0] == 0
+    assert results(tmp_path / "full")["cached_features"] is None
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "prompt_tuning", "length": 3},
+        {"name": "prefix", "length": 3, "form": "hidden"},
+        {"name": "prefix", "length": 3, "form": "hidden", "mlp": 8},
+        {"name": "lora", "rank": 2, "targets": ["q", "k"], "heads": "shared"},
+        {"name": "serial_adapter", "hidden": 4},
+        [{"name": "parallel_adapter", "hidden": 4, "skip": True}, {"name": "classifier", "part": "transform"}],
+        pytest.param([{"name": "prompt_tuning", "length": 2}, {"name": "classifier"}], marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_every_method_trains_in_half_precision(train, write, tmp_path, method):
+    options = {"precision": "bf16", "steps": 6, "warmup_steps": 0}
+    code, _, err = train(write("vqa", method=method, data={"val": None}, train=options))
+    assert code == 0, err
+    tensors = adapter(tmp_path / "out")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_zero_stages_give_the_same_adapter_on_one_rank(train, write, tmp_path, zero):
+    method = [{"name": "prefix", "length": 2, "form": "hidden"}, {"name": "classifier"}]
+    for stage in (0, zero):
+        assert train(write(method=method, train={"zero": stage}, out=f"zero{stage}"))[0] == 0
+    close(tmp_path / f"zero{zero}", tmp_path / "zero0")
+
+
+@pytest.mark.parametrize("zero, offload", [(1, "optimizer"), (3, "all")])
+def test_what_is_kept_in_the_hosts_memory_changes_nothing(train, write, tmp_path, zero, offload):
+    for where in ("none", offload):
+        assert train(write(train={"zero": zero, "offload": where, "steps": 5}, out=where))[0] == 0
+    close(tmp_path / offload, tmp_path / "none", rtol=1e-6)
+
+
+def test_a_run_goes_on_at_another_stage(train, write, tmp_path, monkeypatch):
+    options = {"steps": 6, "checkpoint_every": "1 step"}
+    assert train(write(train=options, out="whole"))[0] == 0
+    folder = write(train=options | {"zero": 3}, out="cut")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        with pytest.raises(Killed):
+            train(folder)
+    code, out, err = train(write(train=options | {"zero": 1}, out="cut"))
+    assert code == 0 and "resuming  after step 3" in out, err
+    close(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_the_schedule_is_the_studys(train, write, monkeypatch):
+    seen = []
+    step = Stepper.step
+    monkeypatch.setattr(
+        Stepper, "step", lambda self: (seen.append(self.optimizer.param_groups[0]["lr"]), step(self))[1]
+    )
+    # 24 questions in batches of 8: three steps an epoch; a warm-up of 8 * 0.5 = 4 steps from 0.1 to 1.
+    options = {
+        "epochs": 3,
+        "steps": None,
+        "warmup_steps": 8,
+        "warmup_by_ratio": True,
+        "warmup_lr": 0.1,
+        "min_lr": 0.2,
+        "base_lr": 1.0,
+        "optimizer": "sgd",
+    }
+    code, _, err = train(write("vqa", data={"data_ratio": 0.5, "val": None}, train=options))
+    assert code == 0, err
+    expected = [0.325, 0.55, 0.775, 1.0, 1.0, 0.92360680, 0.72360680, 0.47639320, 0.27639320]
+    assert seen == pytest.approx(expected)
+
+
+def test_the_prompt_is_seen_on_one_route_and_not_on_the_other(train, write, tmp_path):
+    found = {}
+    for route in ("fused", "image"):
+        for prompt in ("a picture of", "what is it"):
+            name = f"{route}{len(prompt)}"
+            assert train(write(data={"route": route, "prompt": prompt}, train={"steps": 2}, out=name))[0] == 0
+            found[route, prompt] = results(tmp_path / name)["history"][-1]["train_loss"]
+    assert found["fused", "a picture of"] != found["fused", "what is it"]
+    assert found["image", "a picture of"] == found["image", "what is it"]
+
+
+def test_loader_processes_change_nothing(train, write, tmp_path):
+    for workers in (0, 2):
+        data = {"workers": workers, "augment": "crop_flip", "val": None}
+        assert train(write(data=data, out=f"workers{workers}"))[0] == 0
+    plain = adapter(tmp_path / "workers0")
+    for name, tensor in adapter(tmp_path / "workers2").items():
+        assert torch.equal(tensor, plain[name])
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "expected"),
+    [
+        (
+            "captions",
+            ["data.name=coco_captoin"],
+            "data.name: unknown data 'coco_captoin'; did you mean 'coco_caption'?",
+        ),
+        ("captions", ["eval.metric=cidre"], "eval.metric: input should be 'cider'"),
+        ("captions", ["eval.metric=meteor"], "eval: eval.metrics must have eval.metric, 'meteor', among them"),
+        ("vqa", ["eval.metric=bleu"], "eval.metric: input should be 'accuracy', got 'bleu'"),
+        ("captions", ["train.epochs=3"], "train: give train.epochs or train.steps, and not both"),
+        ("captions", ["train.warmup_steps=4"], "train.warmup_steps (4) must be below train.steps (4)"),
+        ("captions", ["train.checkpoint_every=1 epoch"], "with train.steps give checkpoint_every in steps"),
+        ("captions", ["model.sizes.withd=3"], "model.sizes.withd: mPLUG has no such size; did you mean 'width'?"),
+        ("captions", ["model.sizes.width=33"], "model: width must be a positive multiple of its 4 heads, got 33"),
+        ("captions", ["model.sizes.vocab_size=99"], "the model 99; both must be of one vocabulary"),
+        ("captions", ["model.name=mplug_base"], "model: vocab: "),
+        ("captions", ["model.name=vit_base"], "model.name: input should be 'mplug_base', 'mplug_large' or 'mplug'"),
+        ("captions", ["model.checkpoint=/absent.pth"], "model: "),
+        ("captions", ["model.vocab=/absent.txt"], "model: /absent.txt: the vocabulary cannot be read"),
+        ("captions", ["data.root=/absent"], "are missing"),
+        ("captions", ["data.train=/absent.json"], "data: /absent.json: no such file"),
+        ("captions", ["data.data_ratio=0"], "data.data_ratio: input should be greater than 0"),
+        ("vqa", ["data.template=Question"], "data.template: expected study, original, or a text with {question}"),
+        ("vqa", ["data.root={vg: there}"], "data: "),
+        ("vqa", ["data.ocrs=true"], "data.ocrs: unknown key; did you mean 'ocr'?"),
+        ("captions", ["train.batch_size=9", "train.grad_accumulation=2"], "9 samples cannot be dealt evenly"),
+        ("captions", ["train.offload=all"], "train.offload 'all' goes with train.zero 3, got 0"),
+        ("captions", ["train.lr={prefix: 1}"], "train.lr.prefix: no such parameter group; this run trains: lora"),
+        ("captions", ["method={name: lora, stacks: [txet]}"], "method: "),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_run(train, write, tmp_path, kind, overrides, expected):
+    code, _, err = train(write(kind), *overrides)
+    assert code == 2 and expected in one_line(err)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_an_entry_without_a_field_is_named(train, write, tmp_path, squares):
+    entries = json.loads((squares / "vqa_train.json").read_text())
+    del entries[3]["answer"]
+    (tmp_path / "bad.json").write_text(json.dumps(entries))
+    code, _, err = train(write("vqa", data={"train": str(tmp_path / "bad.json")}))
+    assert code == 2 and f"{tmp_path / 'bad.json'}: entry 3" in one_line(err) and "answer" in err
+
+
+def test_an_image_that_is_missing_or_broken_is_named(train, write, tmp_path, squares):
+    entries = json.loads((squares / "vqa_train.json").read_text())
+    entries[5]["image"] = "train2014_img/nowhere.png"
+    (tmp_path / "missing.json").write_text(json.dumps(entries))
+    code, _, err = train(write("vqa", data={"train": str(tmp_path / "missing.json")}))
+    assert code == 2 and "nowhere.png" in one_line(err)
+    folder = squares / "train2014_img"
+    whole = (folder / entries[5]["image"].rpartition("/")[2]).parent
+    broken = whole / "broken.png"
+    broken.write_bytes((whole / "train_000.png").read_bytes()[:60])
+    entries[5]["image"] = "train2014_img/broken.png"
+    (tmp_path / "broken.json").write_text(json.dumps(entries))
+    code, _, err = train(write("vqa", data={"train": str(tmp_path / "broken.json")}))
+    assert code == 1 and "broken.png" in one_line(err)
+
+
+def test_a_score_that_cannot_be_computed_ends_the_run(train, write, monkeypatch):
+    def failing(self, split, texts, folder):
+        raise fastpeft.FastPEFTError("no scorer")
+
+    from fastpeft.trainer.mplug.captioning import Captioning
+
+    monkeypatch.setattr(Captioning, "score", failing)
+    code, _, err = train(write())
+    assert code == 1 and "no scorer" in one_line(err)
+
+
+def test_ranks_that_search_together_call_the_decoder_equally_often(train, write, monkeypatch):
+    from fastpeft.trainer.mplug import work
+
+    calls = []
+    decode = MPlug.decode
+    monkeypatch.setattr(MPlug, "decode", lambda self, *rest: (calls.append(1), decode(self, *rest))[1])
+    monkeypatch.setattr(MPlugWork, "_together", True)
+    assert issubclass(work.Lockstep, object)
+    code, _, err = train(write(data={"val": None}, method=LEARNING, train={"steps": 20, "base_lr": 3e-2}))
+    assert code == 0, err
+    # Six test images in batches of four; six tokens at most.
+    assert len(calls) == 2 * 6

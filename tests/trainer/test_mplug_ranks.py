@@ -1,0 +1,132 @@
+"""mPLUG on two ranks through DeepSpeed's launcher, on the CPU, against one process at the same global batch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+import torch
+
+from tests.trainer.conftest import ROOT
+from tests.trainer.test_mplug import adapter, close, results, squares, write  # noqa: F401
+from tests.trainer.test_ranks import LAUNCHER, launcher
+
+pytestmark = pytest.mark.skipif(LAUNCHER is None, reason="DeepSpeed's launcher is not installed")
+
+METHODS = {
+    "lora": {"name": "lora", "rank": 4, "targets": ["q", "k"]},
+    "prefix": [{"name": "prefix", "length": 3, "form": "hidden"}, {"name": "classifier", "part": "transform"}],
+    "prompts": [{"name": "prompt_tuning", "length": 2}, {"name": "classifier"}],
+}
+# SGD: what AdamW makes of a gradient hides its size, and noise where a gradient is zero.
+TRAIN = {"steps": 20, "eval_every": 10, "optimizer": "sgd", "base_lr": 0.3, "checkpoint_every": "10 steps"}
+
+# Run as a rank: the training command, with a look at what the rank holds between two steps.
+_LOOK = """
+import json, os, sys
+from fastpeft.trainer import loop, partitioned
+seen = {"whole": 0, "left": 0}
+init = partitioned.PartitionedStepper.__init__
+def look(self, model, *rest):
+    seen["whole"] = sum(p.numel() for p in model.parameters())
+    init(self, model, *rest)
+    self.model = model
+    seen["held"] = sum(p.ds_tensor.numel() for p in model.parameters())
+partitioned.PartitionedStepper.__init__ = look
+step = loop.Loop._step
+def stepped(self, *rest):
+    step(self, *rest)
+    seen["left"] = max(seen["left"], sum(p.numel() for p in self.stepper.model.parameters()))
+    seen["outer"] = sum(p.ds_numel for _, p in self.stepper.model.ds_external_parameters())
+loop.Loop._step = stepped
+from fastpeft.train import main
+code = main(sys.argv[1:])
+# A file each: on the launcher's output, two ranks' lines may run into one.
+with open(f"seen{os.environ['RANK']}.json", "w") as file:
+    json.dump(seen, file)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    "kind, method, zero, cache",
+    [
+        ("captions", "lora", 3, "off"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("captions", "lora", 1, "auto"),
+                ("captions", "prefix", 2, "auto"),
+                ("captions", "prompts", 3, "auto"),
+                ("vqa", "lora", 2, "off"),
+                ("vqa", "prefix", 3, "auto"),
+                ("vqa", "prompts", 1, "off"),
+            )
+        ),
+    ],
+)
+def test_two_ranks_train_what_one_does(command, train, write, tmp_path, kind, method, zero, cache):  # noqa: F811
+    options = {"train": TRAIN | {"cache_images": cache}, "method": METHODS[method]}
+    if kind == "vqa":
+        # A question's loss is a sum over its answer's tokens.
+        options["train"]["base_lr"] = 0.05
+    # 5 validation samples in batches of 4: one rank has nothing left while the other searches.
+    options["data"] = {"val_size": 5, "test_size": 5}
+    options["eval"] = {"batch_size": 2}
+    code, _, err = train(write(kind, out="alone", **options))
+    assert code == 0, err
+    options["train"] = options["train"] | {"zero": zero}
+    done = command(write(kind, out="two", **options), launcher=launcher(2))
+    assert done.returncode == 0, done.stderr
+    one, two = results(tmp_path / "alone"), results(tmp_path / "two")
+    assert two["ranks"] == 2
+    for first, second in zip(one["history"], two["history"], strict=True):
+        assert second["train_loss"] == pytest.approx(first["train_loss"], rel=1e-5)
+    assert one["history"][-1]["train_loss"] < one["history"][0]["train_loss"]
+    close(tmp_path / "two", tmp_path / "alone", rtol=1e-3, atol=1e-5)
+    # Every sample once, whoever generated its text.
+    assert read(tmp_path / "two") == read(tmp_path / "alone")
+
+
+def read(out) -> list:
+    return json.loads((out / "predictions" / "test.json").read_text())
+
+
+@pytest.mark.slow
+def test_each_of_two_ranks_holds_half_and_nothing_outlives_the_gather(write, environment, tmp_path):  # noqa: F811
+    config = write(train={"zero": 3, "steps": 4, "cache_images": "off"}, method=METHODS["prompts"])
+    script = tmp_path / "look.py"
+    script.write_text(_LOOK)
+    done = subprocess.run(
+        [*launcher(2), str(script), "--config", str(config)],
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        seen = json.loads((tmp_path / f"seen{rank}.json").read_text())
+        assert seen["whole"] / 2 <= seen["held"] < 0.52 * seen["whole"]
+        # Two rows before each of two stacks are all that stays for the whole of a forward pass.
+        assert seen["outer"] == 2 * 2 * 32
+        assert seen["left"] < 0.1 * seen["whole"]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_at_another_world_size_and_stage(command, train, write, tmp_path, monkeypatch):  # noqa: F811
+    from tests.trainer.test_resume import Killed, interrupt_after
+
+    options = {"train": TRAIN | {"checkpoint_every": "1 step"}, "method": METHODS["lora"]}
+    assert train(write(out="whole", **options))[0] == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 7)
+        with pytest.raises(Killed):
+            train(write(out="cut", **options))
+    done = command(write(out="cut", **options), "train.zero=3", launcher=launcher(2))
+    assert done.returncode == 0, done.stderr
+    assert "resuming  after step 7" in done.stdout and "begun on 1 ranks, continued on 2" in done.stderr
+    close(tmp_path / "cut", tmp_path / "whole", rtol=1e-3, atol=1e-5)
+    assert all(tensor.dtype == torch.float32 for tensor in adapter(tmp_path / "cut").values())
