@@ -125,9 +125,17 @@ class TrainingStep:
         self.compiled = compile_options is not None
         self._forward = model if compile_options is None else torch.compile(model, **compile_options)
 
+    def forward(self) -> Tensor:
+        """The forward pass alone, as the step runs it."""
+        return self._forward(self.images)
+
+    def loss(self) -> Tensor:
+        """The forward pass and the loss."""
+        return F.cross_entropy(self.forward().float(), self.labels)
+
     def __call__(self) -> Tensor:
         """Take a step; returns the loss before it."""
-        loss = F.cross_entropy(self._forward(self.images).float(), self.labels)
+        loss = self.loss()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

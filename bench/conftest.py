@@ -8,6 +8,7 @@ from bench import generation
 from bench.cost import compare
 from bench.cost.session import Session, add_options
 from bench.cost.table import render
+from bench.mplug_cost import benchmark as mplug
 from bench.tables.errors import TableError
 from bench.timing import environment
 
@@ -17,9 +18,10 @@ _FLEETING = ("node", "cpu", "release", "python_build")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options of the cost table, and of generation."""
+    """Options of the cost table, of generation, and of mPLUG's steps."""
     add_options(parser)
     generation.add_options(parser)
+    mplug.add_options(parser)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -76,6 +78,10 @@ def pytest_benchmark_compare_machine_info(config: pytest.Config, compared_benchm
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """The tables, and ratios beside those of the run that is compared."""
     generation.write_table(terminalreporter, config)
+    runs = mplug.Runs.begun(config)
+    if runs is not None and runs.records:
+        terminalreporter.section("mPLUG")
+        terminalreporter.write_line(mplug.render(runs.records))
     session = Session.begun(config)
     if session is None or not session.records:
         return

@@ -5,6 +5,7 @@
     python -m bench.device --part ops         # operators against torch, xformers, Liger and the chip's own ceilings
     python -m bench.device --part steps       # training steps and inference against literal and peft
     python -m bench.device --part compiled    # the same against torch.compile
+    python -m bench.device --part mplug       # training steps of mPLUG-base against literal
     python -m bench.device --part zero        # the trainer through DeepSpeed's launcher, ZeRO 1 and 3
     python -m bench.device --part summary     # the goals beside what the file holds; measures nothing
 
@@ -33,9 +34,9 @@ from bench.device_parts.workers import Turns, Worker, serve
 from bench.record import Record, default_path
 from fastpeft.ops.choose import chip_of
 
-PARTS = ("verify", "tune", "ops", "steps", "compiled", "zero", "summary")
+PARTS = ("verify", "tune", "ops", "steps", "compiled", "mplug", "zero", "summary")
 # Seconds after which a row is given up: a kernel's first compilation, max-autotune, two runs of the trainer.
-_ROW_SECONDS = {"verify": 150, "tune": 240, "ops": 150, "steps": 240, "compiled": 420, "zero": 420}
+_ROW_SECONDS = {"verify": 150, "tune": 240, "ops": 150, "steps": 240, "compiled": 420, "mplug": 240, "zero": 420}
 # What a row that is under way when the budget is spent may take on top of it.
 _GRACE_SECONDS = 45
 _ROOT = Path(__file__).resolve().parents[1]
@@ -111,7 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, help="of what is timed; default bfloat16 on CUDA, else float32")
     parser.add_argument("--turns", type=int, help="timed calls of each variant; default 20")
     parser.add_argument("--seed", type=int, help="of inputs; default drawn afresh for every row")
-    parser.add_argument("--methods", help="comma-separated, of bench.cases.METHODS; default all")
+    parser.add_argument(
+        "--methods", help="comma-separated, of bench.cases.METHODS, or mplug-lora and the like; default all"
+    )
     parser.add_argument("--operators", help="comma-separated; default all")
     parser.add_argument("--backends", help="of training steps, comma-separated; default reference,triton")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

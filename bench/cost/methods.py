@@ -54,14 +54,6 @@ class Inference:
         return self._forward(self.images)
 
 
-class Training(TrainingStep):
-    """A training step of which is known what its forward pass keeps."""
-
-    def forward(self) -> Tensor:
-        """The forward pass alone, as the step runs it."""
-        return self._forward(self.images)
-
-
 class MethodSteps:
     """A method's steps.
 
@@ -104,14 +96,14 @@ class MethodSteps:
         except fastpeft.FastPEFTError as error:
             raise Unavailable(str(error)) from None
         if phase == TRAIN:
-            return Training(model, images, labels, compile_options=options)
+            return TrainingStep(model, images, labels, compile_options=options)
         return Inference(_deployed(who, model), images, options)
 
-    def kept(self, step: Training) -> tuple[Step, nn.Module]:
+    def kept(self, step: TrainingStep) -> tuple[Step, nn.Module]:
         """The step's forward pass, and whose parameters do not count, for `bench.memory.saved_bytes`."""
         return step.forward, step.model
 
-    def resident(self, step: Training | Inference) -> None:
+    def resident(self, step: TrainingStep | Inference) -> None:
         """Forget what the step has besides its weights, so that its peak is counted from there."""
         optimizer = getattr(step, "optimizer", None)
         if optimizer is not None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,64 +39,79 @@ def _packed(rows: int) -> Way:
     return way
 
 
-def _ways(rows: int) -> dict[str, Way]:
+def _ways(rows: int, device: torch.device | str = "cpu") -> dict[str, Way]:
     """The ways that this build of torch has. A weight is given as it is or transposed, which each reads as it comes."""
+    if torch.device(device).type == "cuda":
+        return {"mm into memory": _product}  # the others end in the same kernels, and a clock here would not see them
     ways: dict[str, Way] = {"linear": _linear, "mm into memory": _product}
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         ways["linear, prepacked"] = _packed(rows)
     return ways
 
 
-class Floor:
-    """A step of nothing but the products.
+class Product(NamedTuple):
+    """A product with a weight.
+
+    Attributes:
+        weight: (out, in).
+        rows: of what is multiplied.
+        back: the input's gradient is a product too.
+    """
+
+    weight: Tensor
+    rows: int
+    back: bool = True
+
+
+class Products:
+    """A call runs nothing but products: forward in their order, and back for those whose input has a gradient.
 
     Attributes:
         choices: the way taken for each product, by its shape.
         operations: floating-point operations of a call.
     """
 
-    def __init__(self, model: nn.Module, rows: int) -> None:
+    @torch.no_grad()
+    def __init__(self, products: Sequence[Product]) -> None:
         """Find the fastest ways.
 
         Args:
-            model: a plain timm vision transformer.
-            rows: token rows of a batch.
+            products: of one number format, on one device.
         """
-        with torch.no_grad():
-            self._prepare(model, rows)
-
-    def _prepare(self, model: nn.Module, rows: int) -> None:
-        weights = [
-            module.weight.detach()
-            for block in model.blocks
-            for part in (block.attn, block.mlp)
-            for module in part.modules()
-            if isinstance(module, nn.Linear)
-        ]
-        dtype = weights[0].dtype
-        widths = {width for w in weights for width in w.shape}
-        self._in = {width: torch.randn(rows, width).to(dtype) for width in widths}
-        self._out = {width: torch.empty(rows, width, dtype=dtype) for width in widths}
+        products = [Product(weight.detach(), rows, back) for weight, rows, back in products]
+        dtype, device = products[0].weight.dtype, products[0].weight.device
+        shapes = {(rows, width) for weight, rows, _ in products for width in weight.shape}
+        self._in = {shape: torch.randn(shape, device=device).to(dtype) for shape in shapes}
+        self._out = {shape: torch.empty(shape, dtype=dtype, device=device) for shape in shapes}
         self.choices: dict[str, str] = {}
-        self.operations = sum(4 * rows * w.numel() for w in weights)
-        forward = self._chosen("forward", weights, rows)
-        backward = self._chosen("input gradient", [w.t() for w in weights], rows)
+        self.operations = sum(2 * rows * weight.numel() * (2 if back else 1) for weight, rows, back in products)
+        # Rows are a part of the name where there are several.
+        self._one = len({rows for _, rows, _ in products}) == 1
+        forward = self._chosen("forward", [(weight, rows) for weight, rows, _ in products])
+        backward = self._chosen("input gradient", [(weight.t(), rows) for weight, rows, back in products if back])
         self._products = forward + backward[::-1]
 
-    def _chosen(self, what: str, weights: list[Tensor], rows: int) -> list[tuple[Step, Tensor, Tensor]]:
+    def _chosen(self, what: str, products: list[tuple[Tensor, int]]) -> list[tuple[Step, Tensor, Tensor]]:
         """The products with weights (out, in), by the fastest way of each shape."""
-        ways = _ways(rows)
         fastest: dict[tuple[int, ...], Way] = {}
-        for w in weights:
-            if (shape := tuple(w.shape)) not in fastest:
-                alike = [other for other in weights if tuple(other.shape) == shape][:_TRIED]
+        found = []
+        for w, rows in products:
+            shape = (rows, *w.shape)
+            if shape not in fastest:
+                ways = _ways(rows, w.device)
+                alike = [other for other, count in products if (count, *other.shape) == shape][:_TRIED]
                 name = self._fastest({name: [way(v) for v in alike] for name, way in ways.items()}, shape)
                 fastest[shape] = ways[name]
-                self.choices[f"{what} {shape[1]} -> {shape[0]}"] = name
-        return [(fastest[tuple(w.shape)](w), self._in[w.shape[1]], self._out[w.shape[0]]) for w in weights]
+                said = "" if self._one else f", {rows} rows"
+                self.choices[f"{what} {shape[2]} -> {shape[1]}{said}"] = name
+            found.append((fastest[shape](w), self._in[rows, w.shape[1]], self._out[rows, w.shape[0]]))
+        return found
 
     def _fastest(self, made: dict[str, list[Step]], shape: tuple[int, ...]) -> str:
-        x, y = self._in[shape[1]], self._out[shape[0]]
+        """The name of the fastest way for (rows, out, in)."""
+        if len(made) == 1:
+            return next(iter(made))
+        x, y = self._in[shape[0], shape[2]], self._out[shape[0], shape[1]]
         seconds: dict[str, list[float]] = {name: [] for name in made}
         for turn in range(1 + _TURNS):
             for name, products in made.items():
@@ -111,3 +127,23 @@ class Floor:
         """Run them all: forward through the blocks, and back."""
         for product, x, y in self._products:
             product(x, y)
+
+
+class Floor(Products):
+    """The products of the blocks of a vision transformer.
+
+    Args:
+        model: a plain timm vision transformer.
+        rows: token rows of a batch.
+    """
+
+    def __init__(self, model: nn.Module, rows: int) -> None:
+        super().__init__(
+            [
+                Product(module.weight, rows)
+                for block in model.blocks
+                for part in (block.attn, block.mlp)
+                for module in part.modules()
+                if isinstance(module, nn.Linear)
+            ]
+        )

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -113,8 +114,8 @@ class Clock:
 
 
 @contextlib.contextmanager
-def threads(shape: Shape) -> Iterator[None]:
-    """As many threads as a shape says, in a `with` block; in little one, for tests run side by side."""
+def threads(shape: Any) -> Iterator[None]:
+    """As many threads as a shape's `threads` says, in a `with` block; if it is `tiny` one, for tests side by side."""
     before = torch.get_num_threads()
     torch.set_num_threads(1 if shape.tiny else shape.threads)
     try:
@@ -164,7 +165,7 @@ def _timed(shape: Shape, group: Sequence[str], settings: Settings, models: Model
     steps: dict[str, Step] = {}
     row = described(shape)
     if not settings.tiny:
-        _quiet(settings)  # what is chosen for F is measured too
+        quiet(settings)  # what is chosen for F is measured too
     for name in group:
         if name != FLOOR:
             steps[name] = step_of(Variant.of(name), shape, models)
@@ -172,22 +173,37 @@ def _timed(shape: Shape, group: Sequence[str], settings: Settings, models: Model
             plain = models.copy(shape)
             steps[name] = floor = Floor(plain, token_rows(plain, shape.images))
             row["floor"] = {"choices": floor.choices, "operations": floor.operations}
+    return row | in_turns(steps, settings)
+
+
+def in_turns(steps: Mapping[str, Step], settings: Settings) -> dict[str, object]:
+    """Steps that take turns while nobody else computes: times by variant, and what others used.
+
+    Raises:
+        BusyError: others computed meanwhile.
+    """
     for _ in range(_TRIES):
-        before = None if settings.tiny else _quiet(settings)
+        before = None if settings.tiny else quiet(settings)
         clocks = {name: Clock(step) for name, step in steps.items()}
         others = idle.Others()
         turns = settings.turns or _MOST_TURNS
         interleave(clocks, turns=turns, warmup=WARMUP, budget=settings.seconds)
         during = others.cores()
         after = None if settings.tiny else idle.load()
-        row["others_cores"] = {"before": before, "during": during, "after": after}
         if settings.tiny or settings.busy or all((used or 0.0) <= idle.ALLOWED for used in (during, after)):
-            row["variants"] = {name: summary(clock.seconds[WARMUP:]) for name, clock in clocks.items()}
-            return row
+            return {
+                "others_cores": {"before": before, "during": during, "after": after},
+                "variants": {name: summary(clock.seconds[WARMUP:]) for name, clock in clocks.items()},
+            }
     raise idle.BusyError(f"other processes used {max(during, after):.2f} cores during or after the row")
 
 
-def _quiet(settings: Settings) -> float | None:
+def quiet(settings: Settings) -> float | None:
+    """Wait until others are idle, if the settings want that; what they use.
+
+    Raises:
+        BusyError: they were never.
+    """
     return idle.load() if settings.busy else idle.wait(settings.wait)
 
 

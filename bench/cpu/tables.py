@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
+from bench import generated
 from bench.cpu import goals
 from bench.cpu.goals import MISSING, Parts
 from bench.cpu.rows import FLOOR, MAIN, SAVED, TIMED
-from bench.record import RESULTS
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
-_BEGIN, _END = "<!-- bench.cpu: written by `python -m bench.cpu --write-docs` -->\n", "<!-- end of bench.cpu -->\n"
+DOCUMENT = generated.PERFORMANCE
+_SECTION, _FILE = generated.Section("bench.cpu"), "cpu.json"
 _MACHINE = ("torch", "timm", "peft")
 Lines = Sequence[Sequence[str]]
 
@@ -96,15 +94,7 @@ def rendered(results: Mapping[str, Mapping]) -> str:
     """
     sections = []
     for folder, held in results.items():
-        runs = held["runs"]
-        versions = ", ".join(
-            f"{name} {runs[-1]['versions'][name]}" for name in _MACHINE if name in runs[-1]["versions"]
-        )
-        dates = sorted({run["date"][:10] for run in runs})
-        when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-        where = f"[{folder}/cpu.json](../bench/results/{folder}/cpu.json)"
-        about = f"{runs[-1]['device']}, {runs[-1]['cores']} cores; {versions}; {when}; {where}."
-        sections.append(f"{about}\n\n{_sections(held['parts'])}")
+        sections.append(f"{generated.about(folder, _FILE, held, _MACHINE)}\n\n{_sections(held['parts'])}")
     return "\n\n".join(sections) if sections else _sections({})
 
 
@@ -116,7 +106,7 @@ def _sections(parts: Parts) -> str:
 
 def committed() -> dict[str, Mapping]:
     """What the result files in bench/results hold, by folder."""
-    return {path.parent.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*/cpu.json"))}
+    return generated.committed(_FILE)
 
 
 def documented(document: str) -> str:
@@ -125,11 +115,9 @@ def documented(document: str) -> str:
     Raises:
         ValueError: it has none.
     """
-    begin, end = document.index(_BEGIN) + len(_BEGIN), document.index(_END)
-    return document[begin:end].strip()
+    return _SECTION.of(document)
 
 
 def rewritten(document: str, part: str) -> str:
     """A document with another generated part."""
-    begin, end = document.index(_BEGIN) + len(_BEGIN), document.index(_END)
-    return f"{document[:begin]}\n{part}\n\n{document[end:]}"
+    return _SECTION.replaced(document, part)

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from bench.cases import METHODS, batch, create_model
+from bench.mplug_cost.cases import METHODS as MPLUG_METHODS
 from fastpeft.ops.choose import BACKENDS, OPERATORS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CLASSES = 100
+# What mPLUG's methods are called among all: "mplug-lora" and the like.
+MPLUG = tuple(f"mplug-{name}" for name in MPLUG_METHODS)
 # In which operators are checked.
 FORMATS = ("bfloat16", "float16", "float32")
 # Backends whose training steps are run; operators have rows of every backend that there is.
@@ -51,7 +54,7 @@ class Settings:
         device, tiny, turns: as on the command line.
         dtype: of timed steps and operators.
         backends: of training steps.
-        methods: names in `METHODS`.
+        methods: names in `METHODS` and `MPLUG`.
         operators: names in `fastpeft.ops.choose.OPERATORS`.
         seed: of the operators' inputs; drawn afresh if None.
     """
@@ -63,10 +66,10 @@ class Settings:
         self.turns: int = arguments.turns or (3 if self.tiny else 20)
         self.seed: int | None = arguments.seed
         self.backends: list[str] = arguments.backends.split(",") if arguments.backends else list(STEP_BACKENDS)
-        self.methods: list[str] = arguments.methods.split(",") if arguments.methods else list(METHODS)
+        self.methods: list[str] = arguments.methods.split(",") if arguments.methods else [*METHODS, *MPLUG]
         self.operators: list[str] = arguments.operators.split(",") if arguments.operators else list(OPERATORS)
         for option, given, known in (
-            ("methods", self.methods, METHODS),
+            ("methods", self.methods, (*METHODS, *MPLUG)),
             ("operators", self.operators, OPERATORS),
             ("backends", self.backends, BACKENDS),
         ):

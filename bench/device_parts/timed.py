@@ -34,13 +34,31 @@ def row(settings: Settings, shape: Shape, method: str | None, prepared: Prepared
         prepared: names, and what prepares each.
         seconds: after which no further round starts.
     """
-    ceilings = measure(settings.device, DTYPES[settings.dtype], settings.tiny)
-    steps: dict[str, Step] = {}
-    operations = 0
+    products = None
     if method is not None:
         literal = other(settings, shape, method, "literal")
         count = token_rows(literal, shape.batch)
-        steps["floor"], operations = floor(literal, count), floor_operations(literal, count)
+        products = floor(literal, count), floor_operations(literal, count)
+    return beside(settings, shape.batch, products, prepared, seconds)
+
+
+def beside(
+    settings: Settings, batch: int, products: tuple[Step, int] | None, prepared: Prepared, seconds: float
+) -> dict[str, object]:
+    """Time steps in turns with the unavoidable products beside them.
+
+    Args:
+        settings: of the run.
+        batch: images of a step.
+        products: a step of nothing but those, and its operations; None for none.
+        prepared: names, and what prepares each.
+        seconds: after which no further round starts.
+    """
+    ceilings = measure(settings.device, DTYPES[settings.dtype], settings.tiny)
+    steps: dict[str, Step] = {}
+    operations = 0
+    if products is not None:
+        steps["floor"], operations = products
     given = dict(prepared)
     recorded = {name: given[name] for name in given if name.endswith("-graph")}
     variants = _make_ready(settings, {name: given[name] for name in given if name not in recorded}, steps)
@@ -52,7 +70,7 @@ def row(settings: Settings, shape: Shape, method: str | None, prepared: Prepared
         failure = together if {"error", "unavailable"} & together.keys() else {}
         variants |= {name: graph | failure for name, graph in graphs.items()}
         timings = timings if failure else together
-    found: dict[str, object] = {"batch": shape.batch, "ceilings": ceilings.to_dict(), "variants": variants}
+    found: dict[str, object] = {"batch": batch, "ceilings": ceilings.to_dict(), "variants": variants}
     bottom = timings.pop("floor", None)
     if bottom is not None:
         found["floor"] = bottom.to_dict() | _rate(operations, bottom, ceilings.gemm_tflops)
@@ -98,7 +116,7 @@ def _memory(settings: Settings, step: TrainingStep | Inference, reserved_before:
     found: dict[str, object] = {"resident_bytes": resident_bytes(step)}
     eager = not isinstance(step, GraphedStep) and not step.compiled
     if eager and isinstance(step, TrainingStep):
-        found["saved_bytes"] = saved_bytes(lambda: step.model(step.images), step.model)
+        found["saved_bytes"] = saved_bytes(step.forward, step.model)
     if settings.cuda:
         # What earlier steps left in the allocator would hide a part of this one's need.
         torch.cuda.empty_cache()

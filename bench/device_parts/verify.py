@@ -63,7 +63,7 @@ def _operator(settings: Settings, operator: str, builder: Builder, name: str, ki
 
 def _steps(settings: Settings) -> Iterator[Row]:
     shape = settings.shape(images=16 if settings.tiny else 32)
-    for method in settings.methods:
+    for method in settings.among(METHODS):
         for mode in ("train", "eval"):
             for kind in ("float64",) if (method, mode) in _ILL_CONDITIONED else ("float32", "bfloat16"):
                 for backend in settings.backends:

@@ -1,0 +1,1 @@
+"""What a training step of mPLUG costs: the study's five methods by the library and literally, on both tasks."""
