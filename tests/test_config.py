@@ -70,7 +70,10 @@ def test_overrides_reach_any_depth(file):
         ("train.warmup_epochs=15", "train.warmup_epochs (15) must be below train.epochs (15)"),
         ("train.checkpoint_every=5", "train.checkpoint_every: input should be a valid string, got 5"),
         ("train.checkpoint_every=5 minutes", "expected a number and a unit, such as '1 epoch' or '50 steps'"),
-        ("data.name=imagenet", "data.name: unknown data 'imagenet'; expected one of: coco_caption, digits, fgvc, folder"),
+        (
+            "data.name=imagenet",
+            "data.name: unknown data 'imagenet'; expected one of: coco_caption, digits, fgvc, folder",
+        ),
         ("data.name=vtab", "data: data 'vtab' needs data.root"),
         ("data.augment=crop_flip", "data: augment 'crop_flip' needs resize 'crop'"),
         ("model.mean=[0.5]", "model.mean: list should have at least 3 items"),

@@ -114,7 +114,8 @@ class Loop:
             )
         elif state.get("zero", self.train.zero) != self.train.zero:
             self.report.warn(
-                f"begun at ZeRO stage {state['zero']}, continued at {self.train.zero}: sums are rounded in another order"
+                f"begun at ZeRO stage {state['zero']}, continued at {self.train.zero}: "
+                "sums are rounded in another order"
             )
         return True
 
