@@ -93,13 +93,18 @@ def test_autocast_is_as_exact_as_that_of_the_literal_model(name):
         assert got < 2 * wanted + 0.02 * expected.norm(), (tensor, float(wanted), float(got), float(expected.norm()))
 
 
+@pytest.mark.parametrize("memory", ["fast", "balanced", "small"])
 @pytest.mark.parametrize("name", FEW)
-def test_half_precision_with_masters(name):
-    model = fastpeft.patch(make().bfloat16(), METHODS[name])
+def test_half_precision_with_masters(name, memory):
+    model = fastpeft.patch(make().bfloat16(), METHODS[name], memory=memory)
     randomise(model, scale=0.05)
     assert all(p.dtype == torch.float32 for p in fastpeft.trainable_parameters(model))
     found, exact = step(model), step(patched(name, double=False, scale=0.05))
     close(found["loss"], exact["loss"], rtol=0.05, atol=0.05)
+    trained, expected = (
+        torch.cat([each[n].flatten().double() for n in sorted(exact) if n != "loss"]) for each in (found, exact)
+    )
+    assert (trained - expected).norm() < 0.25 * expected.norm()
 
 
 @pytest.fixture
