@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,9 +29,9 @@ def little(task="caption", images="cached", method="lora", **others):
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """The folder of a sweep in little: two methods, without what takes a process of its own."""
+    """The folder of a sweep in little: one method, without what takes a process of its own."""
     folder = tmp_path_factory.mktemp("mplug")
-    arguments = ["--tiny", "--repeats", "2", "--methods", "lora", "prefix", "--parts", "steps", "--out", str(folder)]
+    arguments = ["--tiny", "--repeats", "2", "--methods", "lora", "--parts", "steps", "--out", str(folder)]
     assert command.main(arguments) == 0
     return folder
 
@@ -85,10 +84,11 @@ def test_both_implementations_have_one_loss_and_one_gradient(task, images, metho
     assert not any(p.eq(0).all() for p in trained(pair[0].model).values())
     apart = agreement(*pair, "fp32")
     assert apart["loss_difference"] < 1e-5 and 0 <= apart["gradient_difference"] < 1e-4
-    before = [float(step()) for step in pair]
-    after = [float(step()) for step in pair]
-    assert before[0] == pytest.approx(before[1], rel=1e-4) and after[0] == pytest.approx(after[1], rel=1e-4)
-    assert after[0] < before[0]
+    for step in pair:
+        before = {name: p.clone() for name, p in trained(step.model).items()}
+        step()
+        moved = [name for name, p in trained(step.model).items() if not torch.equal(p, before[name])]
+        assert moved == list(before)
 
 
 def test_models_that_compute_different_things_are_not_compared():
@@ -102,20 +102,18 @@ def test_models_that_compute_different_things_are_not_compared():
         agreement(literal, step_of(little(method="serial"), OURS), "fp32")
 
 
-def test_the_image_tower_runs_only_where_images_are_given_and_without_gradients(monkeypatch):
-    for images in IMAGES:
-        step = step_of(little(images=images), OURS)
-        seen = []
-        tower = step.model.visual_encoder.forward_features
-        monkeypatch.setattr(step.model.visual_encoder, "forward_features", partial(_noted, seen, tower))
-        step.forward()
-        assert seen == ([] if images == "cached" else [False])
+@pytest.mark.parametrize(("images", "expected"), [("cached", []), ("given", [False])])
+def test_the_image_tower_runs_only_where_images_are_given_and_without_gradients(images, expected, monkeypatch):
+    step, seen = step_of(little(images=images), OURS), []
+    tower = step.model.visual_encoder
+    features = tower.forward_features
 
+    def watched(x):
+        seen.append(torch.is_grad_enabled())
+        return features(x)
 
-def _noted(seen, tower, images):
-    tokens = tower(images)
-    seen.append(tokens.requires_grad)
-    return tokens
+    monkeypatch.setattr(tower, "forward_features", watched)
+    assert step.forward().requires_grad and seen == expected
 
 
 # F.
@@ -167,7 +165,7 @@ def test_prefixes_are_among_the_rows_of_the_literal_model():
 
 def test_a_sweep_has_a_row_a_case_and_then_nothing_left_to_do(swept, capsys):
     found = held(swept)
-    assert list(found) == [str(case) for case in cases(["prefix", "lora"])]
+    assert list(found) == [str(case) for case in cases(["lora"])]
     for row in found.values():
         assert list(row["variants"]) == [FLOOR, *WHO] and row["tiny"]
         assert all(len(figures["turns_ms"]) == 2 and figures["p25_ms"] > 0 for figures in row["variants"].values())
