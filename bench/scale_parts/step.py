@@ -96,6 +96,9 @@ def _built(name: str, method: str, form: str) -> tuple[nn.Module, object]:
     else:
         model = apply(model, _METHODS[method])
     precision.cast_frozen(model, torch.bfloat16)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     if form == "patched":
         fastpeft.refresh(model)
     model.train()

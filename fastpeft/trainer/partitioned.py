@@ -52,16 +52,23 @@ class PartitionedStepper(Stepper):
         self._keys = state_keys(optimizer)
         blocks = [m for m in model.modules() if isinstance(m.__dict__.get("fastpeft_block"), BlockState)]
         trained = sum(parameter.numel() for parameter in self.named.values())
+        readers = [*((block, list(block.parameters())) for block in blocks), *readers]
+        largest = max((sum(weight.numel() for weight in weights) for _, weights in readers), default=0)
         options = {
             "stage": 3,
             # Small weights are many in a transformer, and are gathered with a block's large ones in one go.
             "stage3_param_persistence_threshold": 0,
+            # Left to itself DeepSpeed keeps what it will use again within the next thousand million weights, which is
+            # the whole of most models, from the forward pass to the backward pass, and fetches as much ahead. Here it
+            # fetches what runs next, and keeps nothing.
+            "stage3_max_reuse_distance": 0,
+            "stage3_max_live_parameters": 2 * largest,
+            "stage3_prefetch_bucket_size": largest,
             # The bucket is allocated, two gigabytes of it by default; few parameters have gradients here.
             "reduce_bucket_size": min(trained, 500_000_000),
             **offloading(offload),
         }
-        readers = [*((block, list(block.parameters())) for block in blocks), *readers]
-        with _without_new_hooks(_gathering_nothing(model, blocks, [module for module, _ in readers])):
+        with _without_new_hooks(_gathering_nothing(model, readers)):
             self._start(model, micro_batch, options)
         for reader, weights in readers:
             _own(reader, weights)
@@ -111,14 +118,16 @@ class PartitionedStepper(Stepper):
             self.optimizer.state[flat] = state | self._step_count(steps_taken, flat)
 
 
-def _gathering_nothing(model: nn.Module, blocks: Sequence[nn.Module], readers: Sequence[nn.Module]) -> list[nn.Module]:
-    """The modules for whose own sake no weight has to be there: they lie in a block, or have no weight of their own."""
-    inside = {part for block in blocks for part in block.modules()}
-    kept = {model, *readers}
+def _gathering_nothing(
+    model: nn.Module, readers: Sequence[tuple[nn.Module, Sequence[nn.Parameter]]]
+) -> list[nn.Module]:
+    """The modules for whose own sake no weight has to be there: others see to all that they have, if any."""
+    kept = {model, *(module for module, _ in readers)}
+    seen_to = {id(parameter) for _, weights in readers for parameter in weights}
     return [
         module
         for module in model.modules()
-        if module not in kept and (module in inside or next(module.parameters(recurse=False), None) is None)
+        if module not in kept and all(id(parameter) in seen_to for parameter in module.parameters(recurse=False))
     ]
 
 

@@ -108,7 +108,9 @@ def test_the_adapter_fits_a_model_that_is_built_without_the_trainer(train, write
     assert saved["task"] == {"name": "coco_caption", "route": "fused", "prompt": "a picture of"}
 
 
-@pytest.mark.parametrize("kind, augment", [("captions", "none"), ("vqa", "rand_augment")])
+@pytest.mark.parametrize(
+    "kind, augment", [pytest.param("captions", "none", marks=pytest.mark.slow), ("vqa", "rand_augment")]
+)
 def test_resuming_anywhere_gives_the_same_bytes(train, write, tmp_path, monkeypatch, kind, augment):
     sizes = vl.config(tmp_path)["model"]["sizes"] | {"dropout": 0.2, "attention_dropout": 0.1}
     changes = {
@@ -155,7 +157,7 @@ def test_a_smaller_share_of_the_data_is_part_of_a_larger_one(write):
     assert chosen[0.1, 0] < chosen[0.5, 0] and chosen[0.1, 0] != chosen[0.1, 1]
 
 
-@pytest.mark.parametrize("kind", ["captions", "vqa"])
+@pytest.mark.parametrize("kind", ["captions", pytest.param("vqa", marks=pytest.mark.slow)])
 def test_accumulated_micro_batches_are_one_step_though_texts_have_different_lengths(train, write, tmp_path, kind):
     # SGD: what AdamW makes of a gradient hides its size.
     for parts in (1, 4):
@@ -173,6 +175,7 @@ def test_tokens_computed_once_train_the_same_model(train, write, tmp_path):
     close(tmp_path / "auto", tmp_path / "off")
 
 
+@pytest.mark.slow
 def test_images_that_change_or_do_not_fit_are_not_kept(train, write, tmp_path, monkeypatch):
     # 29 tokens of 48 numbers, four bytes each, for 24 training images: there is room for no others.
     room = 24 * 5 * 48 * 4 / 2**30
@@ -188,7 +191,7 @@ def test_images_that_change_or_do_not_fit_are_not_kept(train, write, tmp_path, m
     "method",
     [
         {"name": "prompt_tuning", "length": 3},
-        {"name": "prefix", "length": 3, "form": "hidden"},
+        pytest.param({"name": "prefix", "length": 3, "form": "hidden"}, marks=pytest.mark.slow),
         {"name": "prefix", "length": 3, "form": "hidden", "mlp": 8},
         {"name": "lora", "rank": 2, "targets": ["q", "k"], "heads": "shared"},
         {"name": "serial_adapter", "hidden": 4},
@@ -205,7 +208,7 @@ def test_every_method_trains_in_half_precision(train, write, tmp_path, method):
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_zero_stages_give_the_same_adapter_on_one_rank(train, write, tmp_path, zero):
     method = [{"name": "prefix", "length": 2, "form": "hidden"}, {"name": "classifier"}]
     for stage in (0, zero):
@@ -213,13 +216,14 @@ def test_zero_stages_give_the_same_adapter_on_one_rank(train, write, tmp_path, z
     close(tmp_path / f"zero{zero}", tmp_path / "zero0")
 
 
-@pytest.mark.parametrize("zero, offload", [(1, "optimizer"), (3, "all")])
+@pytest.mark.parametrize("zero, offload", [pytest.param(1, "optimizer", marks=pytest.mark.slow), (3, "all")])
 def test_what_is_kept_in_the_hosts_memory_changes_nothing(train, write, tmp_path, zero, offload):
     for where in ("none", offload):
         assert train(write(train={"zero": zero, "offload": where, "steps": 5}, out=where))[0] == 0
     close(tmp_path / offload, tmp_path / "none", rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_at_another_stage(train, write, tmp_path, monkeypatch):
     options = {"steps": 6, "checkpoint_every": "1 step"}
     assert train(write(train=options, out="whole"))[0] == 0
@@ -256,6 +260,7 @@ def test_the_schedule_is_the_studys(train, write, monkeypatch):
     assert seen == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_the_prompt_is_seen_on_one_route_and_not_on_the_other(train, write, tmp_path):
     found = {}
     for route in ("fused", "image"):
@@ -267,6 +272,7 @@ def test_the_prompt_is_seen_on_one_route_and_not_on_the_other(train, write, tmp_
     assert found["image", "a picture of"] == found["image", "what is it"]
 
 
+@pytest.mark.slow
 def test_loader_processes_change_nothing(train, write, tmp_path):
     for workers in (0, 2):
         data = {"workers": workers, "augment": "crop_flip", "val": None}

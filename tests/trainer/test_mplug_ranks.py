@@ -8,6 +8,7 @@ import subprocess
 import pytest
 import torch
 
+from tests.trainer import vl
 from tests.trainer.conftest import ROOT
 from tests.trainer.test_mplug import adapter, close, results, squares, write  # noqa: F401
 from tests.trainer.test_ranks import LAUNCHER, launcher
@@ -26,14 +27,22 @@ TRAIN = {"steps": 20, "eval_every": 10, "optimizer": "sgd", "base_lr": 0.3, "che
 _LOOK = """
 import json, os, sys
 from fastpeft.trainer import loop, partitioned
-seen = {"whole": 0, "left": 0}
+seen = {"whole": 0, "left": 0, "most": 0}
+LAST = []
 init = partitioned.PartitionedStepper.__init__
 def look(self, model, *rest):
     seen["whole"] = sum(p.numel() for p in model.parameters())
     init(self, model, *rest)
     self.model = model
+    LAST.append(model)
     seen["held"] = sum(p.ds_tensor.numel() for p in model.parameters())
 partitioned.PartitionedStepper.__init__ = look
+from fastpeft.engine.post_norm import PostNormRun
+run = PostNormRun.run
+def looked(self, *rest):
+    seen["most"] = max(seen["most"], sum(p.numel() for p in LAST[0].parameters()))
+    return run(self, *rest)
+PostNormRun.run = looked
 step = loop.Loop._step
 def stepped(self, *rest):
     step(self, *rest)
@@ -95,7 +104,10 @@ def read(out) -> list:
 
 @pytest.mark.slow
 def test_each_of_two_ranks_holds_half_and_nothing_outlives_the_gather(write, environment, tmp_path):  # noqa: F811
-    config = write(train={"zero": 3, "steps": 4, "cache_images": "off"}, method=METHODS["prompts"])
+    # Layers enough for one to be a small part.
+    sizes = vl.config(tmp_path)["model"]["sizes"] | {"decoder_layers": 6}
+    options = {"zero": 3, "steps": 4, "cache_images": "off"}
+    config = write(train=options, method=METHODS["prompts"], model={"sizes": sizes})
     script = tmp_path / "look.py"
     script.write_text(_LOOK)
     done = subprocess.run(
@@ -113,6 +125,8 @@ def test_each_of_two_ranks_holds_half_and_nothing_outlives_the_gather(write, env
         # Two rows before each of two stacks are all that stays for the whole of a forward pass.
         assert seen["outer"] == 2 * 2 * 32
         assert seen["left"] < 0.1 * seen["whole"]
+        # The layer that runs, the one that is fetched ahead, the embeddings and the prompts.
+        assert 0 < seen["most"] < 0.35 * seen["whole"]
 
 
 @pytest.mark.slow

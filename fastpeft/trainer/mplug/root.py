@@ -55,31 +55,35 @@ class Tower(nn.Module):
         return self.inner.forward_features(images)
 
 
-class Vocabulary(nn.Module):
-    """The decoder's output layer as a module of its own: it is a method of the decoder, with the embedding's matrix."""
+class Called(nn.Module):
+    """A method as a module of its own, whose call can be seen from outside."""
 
-    def __init__(self, decoder: nn.Module) -> None:
+    def __init__(self, method: Callable[..., Tensor]) -> None:
         super().__init__()
-        # Not registered: its weights are the decoder's.
-        self.__dict__["_logits"] = decoder.logits
+        # Not registered: the weights are those of the method's owner.
+        self.__dict__["_method"] = method
 
-    def forward(self, states: Tensor) -> Tensor:
-        """(..., D) -> (..., vocabulary)."""
-        return self._logits(states)
+    def forward(self, *arguments: Tensor) -> Tensor:
+        """What the method gives."""
+        return self._method(*arguments)
 
 
 def readers_of(root: Root) -> list[tuple[nn.Module, list[nn.Parameter]]]:
-    """Modules that read others' weights, and those weights; the decoder's output layer becomes such a module, in place.
+    """Modules that read others' weights, and those weights.
+
+    The output layer is a method of the decoder, with the embedding's matrix, and the losses are one of the model: both
+    become such modules, in place.
 
     What stays for the whole of a forward pass is a tower's class token and positions, and the prompts before a stack:
     they are read by the model itself, between its layers.
     """
     model = root.model
     decoder = model.text_decoder
-    root.vocabulary = Vocabulary(decoder)
-    decoder.__dict__["logits"] = root.vocabulary
+    root.logits, root.losses = Called(decoder.logits), Called(model._losses)
+    decoder.__dict__["logits"], model.__dict__["_losses"] = root.logits, root.losses
     output = [*decoder.cls.parameters(), decoder.bert.embeddings.word_embeddings.weight]
-    readers = [(root.vocabulary, output), (root.tower, list(root.tower.inner.parameters(recurse=False)))]
+    readers = [(root.logits, output), (root.losses, output)]
+    readers.append((root.tower, list(root.tower.inner.parameters(recurse=False))))
     readers += [(module, list(module.parameters())) for module in model.modules() if isinstance(module, Embeddings)]
     prompts = [module for module in model.modules() if isinstance(module, InputPrompts)]
     return [*readers, (root, [parameter for module in prompts for parameter in module.parameters()])]
