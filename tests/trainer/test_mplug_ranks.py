@@ -144,3 +144,36 @@ def test_a_run_goes_on_at_another_world_size_and_stage(command, train, write, tm
     assert "resuming  after step 7" in done.stdout and "begun on 1 ranks, continued on 2" in done.stderr
     close(tmp_path / "cut", tmp_path / "whole", rtol=1e-3, atol=1e-5)
     assert all(tensor.dtype == torch.float32 for tensor in adapter(tmp_path / "cut").values())
+
+
+@pytest.mark.slow
+def test_two_nodes_of_a_hostfile_train_what_one_process_does(train, write, environment, tmp_path):  # noqa: F811
+    # As docs/scale.md has it, with both nodes on this machine.
+    assert train(write(train=TRAIN, method=METHODS["lora"], out="alone"))[0] == 0
+    config = write(train=TRAIN | {"zero": 2}, method=METHODS["lora"], out="nodes")
+    (tmp_path / "hostfile").write_text("node-a slots=1\nnode-b slots=1\n")
+    port = launcher(1)[-1]
+    options = [
+        "--hostfile",
+        str(tmp_path / "hostfile"),
+        "--no_ssh",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        port,
+    ]
+    script = [str(ROOT / "fastpeft" / "train.py"), "--config", str(config)]
+    nodes = [
+        subprocess.Popen(
+            [LAUNCHER, *options, "--node_rank", str(number), *script],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    said = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert results(tmp_path / "nodes")["ranks"] == 2
+    close(tmp_path / "nodes", tmp_path / "alone", rtol=1e-3, atol=1e-5)
