@@ -34,7 +34,9 @@ def add_options(parser: pytest.Parser) -> None:
     """Options of mPLUG's benchmarks; device, format, batch, turns and seconds are those of the cost table."""
     group = parser.getgroup("bench", "the cost table")
     group.addoption(
-        "--bench-mplug", metavar="NAMES", default=USUAL, help=f"steps, as vqa/*/lora; all, none; default {USUAL}"
+        "--bench-mplug",
+        metavar="NAMES",
+        help=f"steps, as vqa/*/lora; all, none; default {USUAL}, or none where --bench-rows names rows",
     )
     group.addoption("--bench-mplug-tiny", action="store_true", help="mPLUG in little, to try the program out")
 
@@ -76,7 +78,8 @@ class Runs:
         """
         if _KEY not in config.stash:
             try:
-                named = chosen(config.getoption("bench_mplug"))
+                usual = "none" if config.getoption("bench_rows") else USUAL
+                named = chosen(config.getoption("bench_mplug") or usual)
                 if settings.dtype not in DTYPES and named:
                     raise TableError(f"mPLUG's steps are compared in {', '.join(DTYPES)}, not in {settings.dtype}")
             except TableError as error:
