@@ -10,6 +10,7 @@ from fastpeft import MethodError
 from fastpeft.models.mplug import MPlug, MPlugConfig
 from tests.methods.mplug_models import METHODS, assert_same, close, outputs
 from tests.models.mplug.tiny import batch, make
+from tests.tiny import randomise
 
 
 def added(model: MPlug, name: str) -> set[str]:
@@ -84,6 +85,35 @@ def test_gradients_of_a_classifier_are_the_plain_models():
         assert len(names) == 6
     for one, other in zip(*results, strict=True):
         close(one, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("form", ["hidden", "kv"])
+def test_gradients_of_a_prefix_by_a_network(form):
+    # Through the network: those of the rows that it makes, which a prefix without one has as its parameters.
+    made, plain = (
+        randomise(fastpeft.patch(make(), fastpeft.PrefixTuning(3, form=form, mlp=mlp)).double()) for mlp in (5, None)
+    )
+    places = [path for path, _ in made.fastpeft_host.spec.blocks]
+    rows, parameters, direct = [], [], []
+    for path in places:
+        network, fixed = made.get_submodule(path).prefix, plain.get_submodule(path).prefix
+        found = (network.rows(1, torch.float64, None),) if form == "hidden" else network.keys_values()
+        targets = (fixed.prompts,) if form == "hidden" else (fixed.k, fixed.v)
+        with torch.no_grad():
+            for parameter, value in zip(targets, found, strict=True):
+                parameter.copy_(value)
+        rows += found
+        direct += targets
+        parameters += network.parameters()
+    given = batch(dtype=torch.float64)
+    losses = []
+    for model in (made, plain):
+        memory = model.memory(model.encode_image(given.images), given.ids, given.mask)
+        losses.append(model.eval().caption_loss(given.text, memory))
+    close(losses[0], losses[1], rtol=1e-10, atol=1e-12)
+    expected = torch.autograd.grad(rows, parameters, torch.autograd.grad(losses[1], direct))
+    for one, other in zip(torch.autograd.grad(losses[0], parameters), expected, strict=True):
+        close(one, other, rtol=1e-8, atol=1e-11)
 
 
 @pytest.fixture(scope="module")
