@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """A mistake on the command line ends a run before it begins."""
-    Session.of(session.config)
+    mplug.Runs.of(session.config, Session.of(session.config).settings)
 
 
 @pytest.fixture(scope="session")
