@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -27,10 +28,14 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/**/*.cpp"))
 HEADERS = sorted(str(path) for path in ROOT.glob("csrc/cpu/**/*.h"))
+# By its path: fastpeft itself cannot be imported before it is installed.
+_NUMBERS = runpy.run_path(str(ROOT / "fastpeft" / "_sources.py"))
+SOURCES_NUMBER = _NUMBERS["number"](ROOT / "csrc" / "cpu")
 CUDA_SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.c*") if path.suffix != ".cuh")
 CUDA_HEADERS = sorted(str(path) for path in [*ROOT.glob("csrc/cuda/*.cuh"), *ROOT.glob("csrc/cuda/*.h")])
 CUDA_EXTENSION = "fastpeft.libfastpeft_cuda"
@@ -177,13 +182,16 @@ class NativeBuild(build_ext):
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
-            f"  command = $cxx -shared -fopenmp $in -o $out {os.environ.get('LDFLAGS', '')}",
+            # Its C++ library by name, for a $CXX that is the compiler of C, such as gcc.
+            f"  command = $cxx -shared -fopenmp $in -o $out {os.environ.get('LDFLAGS', '')} -lstdc++",
         ]
         steps = []
         for source in ext.sources:
             levels = LEVEL_FLAGS.get(Path(source).parent.name)
             if levels is None:
-                steps.append((source, "compile", ""))
+                # Whatever has changed, this file is compiled anew and says so.
+                numbered = f"-DFASTPEFT_SOURCES={SOURCES_NUMBER:#018x}u" if Path(source).name == "features.cpp" else ""
+                steps.append((source, "compile", numbered))
                 continue
             for level, flags in levels.items():
                 if understands(compiler, flags):
@@ -250,6 +258,16 @@ class NativeBuild(build_ext):
         )
 
 
+class Package(build_py):
+    """The Python files, and which sources they belong to: an installed package has no csrc to ask."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            record = Path(self.build_lib) / "fastpeft" / _NUMBERS["RECORD"].name
+            record.write_text(f"{SOURCES_NUMBER:016x}\n")
+
+
 class Wheel(bdist_wheel):
     """Tags the wheel by what can be in it: a library for any Python 3 on this platform, or Python code alone."""
 
@@ -273,5 +291,5 @@ setup(
     packages=find_packages(include=["fastpeft", "fastpeft.*"]) + kernel_packages,
     package_dir={"fastpeft": "fastpeft", "fastpeft.kernels": "kernels"},
     ext_modules=extensions,
-    cmdclass={"build_ext": NativeBuild, "bdist_wheel": Wheel},
+    cmdclass={"build_py": Package, "build_ext": NativeBuild, "bdist_wheel": Wheel},
 )

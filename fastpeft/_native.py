@@ -14,32 +14,44 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from fastpeft import _sources
+
 LIBRARY = Path(__file__).with_name("libfastpeft_cpu.so")
-# Of the interface in csrc/cpu/features.cpp, which also fixes the order of the names.
-INTERFACE = 3
+# In the order of the bits in csrc/cpu/features.cpp.
 FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16")
+
+_INSTALL = "pip install --no-build-isolation ."
 
 
 @functools.cache
 def _open() -> tuple[ctypes.CDLL | None, str]:
     """The library or None, and a line about it. A library that is there but unusable is one warning."""
     if not LIBRARY.exists():
-        return None, "not built; to build it: pip install --no-build-isolation . (with torch, ninja and a C++ compiler)"
+        return None, f"not built; to build it: {_INSTALL} (with torch, ninja and a C++ compiler)"
+    rebuild = "python setup.py build_ext --inplace" if _sources.FOLDER.is_dir() else _INSTALL
     try:
         library = ctypes.CDLL(str(LIBRARY))
-        library.fastpeft_cpu_interface.restype = ctypes.c_int32
-        found = library.fastpeft_cpu_interface()
-    except (OSError, AttributeError) as error:
-        reason = f"cannot be loaded: {error}"
-    else:
-        if found == INTERFACE:
+        built_from = _built_from(library)
+        if built_from is not None and built_from == _sources.expected():
             library.fastpeft_cpu_features.restype = ctypes.c_uint64
             library.fastpeft_cpu_request_amx.restype = ctypes.c_int32
             return library, f"loaded from {LIBRARY}"
-        reason = f"{LIBRARY} was built from other sources (interface {found}, expected {INTERFACE})"
-    reason += "; rebuild it with pip install --no-build-isolation ."
-    warnings.warn(f"fastpeft goes on without its native CPU library, which {reason}", RuntimeWarning, stacklevel=3)
+        reason = f"built from other sources than those of this fastpeft ({LIBRARY})"
+    except (OSError, ValueError) as error:
+        reason = f"it cannot be loaded: {error}"
+    reason = f"unusable: {reason}; rebuild it: {rebuild}"
+    warnings.warn(f"fastpeft goes on without its native CPU library, which is {reason}", RuntimeWarning, stacklevel=3)
     return None, reason
+
+
+def _built_from(library: ctypes.CDLL) -> int | None:
+    """The number of the sources that a library was built from, as of `fastpeft._sources`; None if it does not say."""
+    try:
+        sources = library.fastpeft_cpu_sources
+    except AttributeError:
+        return None
+    sources.restype = ctypes.c_uint64
+    return sources()
 
 
 def library() -> ctypes.CDLL | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastpeft import _native
+from fastpeft import _native, _sources
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = "fastpeft/libfastpeft_cpu.so"
@@ -58,9 +58,18 @@ def contents(wheel: Path) -> set[str]:
         return set(archive.namelist())
 
 
+def record(wheel: Path) -> int:
+    """The number of the sources that a wheel's Python code belongs to."""
+    with zipfile.ZipFile(wheel) as archive:
+        return int(archive.read("fastpeft/_sources.txt"), 16)
+
+
 @needs_compiler
-def test_wheel_with_native_library(checkout):
-    result, wheel = build_wheel(checkout)
+@pytest.mark.parametrize("compiler", [None, "gcc"])
+def test_wheel_with_native_library(checkout, compiler):
+    if compiler and not shutil.which(compiler):
+        pytest.skip(f"no {compiler}")
+    result, wheel = build_wheel(checkout, **({"CXX": compiler} if compiler else {}))
     assert result.returncode == 0, result.stderr
     assert "without its native library" not in result.stderr
     names = contents(wheel)
@@ -69,6 +78,21 @@ def test_wheel_with_native_library(checkout):
     assert "fastpeft/kernels/__init__.py" in names
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastpeft").rglob("*.py")}
     assert modules <= names, "every module of the checkout is in the wheel"
+    assert record(wheel) == _sources.number(ROOT / "csrc" / "cpu")
+    # Installed, where there is no csrc: the library is the one that belongs to the Python code.
+    installed = checkout.parent / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    code = "from fastpeft import _native; print(_native._sources.FOLDER.exists(), _native.status())"
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=installed,
+        env={**os.environ, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    settings = {name: os.environ.get(name) for name in ("CXX", "CXXFLAGS", "LDFLAGS", "PATH", "LD_LIBRARY_PATH")}
+    assert said.stdout.startswith(f"False loaded from {installed}"), f"{said.stdout}{said.stderr}{settings}"
     assert not {name for name in names if name.split("/")[0] in ("tests", "bench", "csrc", "kernels", "configs")}
 
 
@@ -101,6 +125,7 @@ def test_native_library_not_wanted_is_silent(checkout):
     assert "native library" not in result.stderr
     assert "-py3-none-any" in wheel.name
     assert LIBRARY not in contents(wheel)
+    assert record(wheel) == _sources.number(checkout / "csrc" / "cpu")
 
 
 def test_info_names_everything():
@@ -167,10 +192,57 @@ def test_damaged_library_is_one_warning(reopened, tmp_path):
     assert "cannot be loaded" in _native.status()
 
 
-def test_library_of_other_sources_is_refused(reopened):
+@pytest.mark.parametrize("own", ["other sources", "unknown"])
+def test_library_of_other_sources_is_refused(reopened, own):
     if _native.library() is None:
         pytest.skip(f"native library {_native.status()}")
     _native._open.cache_clear()
-    reopened.setattr(_native, "INTERFACE", _native.INTERFACE + 1)
+    number = _native._sources.expected() ^ 1 if own == "other sources" else None
+    reopened.setattr(_native._sources, "expected", lambda: number)
+    with pytest.warns(
+        RuntimeWarning,
+        match="which is unusable: built from other sources .*; rebuild it: python setup.py build_ext --inplace",
+    ):
+        assert _native.library() is None
+    assert "\n" not in _native.status()
+    with pytest.raises(RuntimeError, match="native library is unusable: built from other sources"):
+        _native.function("fastpeft_gemm_amx")
+
+
+@pytest.mark.parametrize("own", [None, 1])
+def test_library_that_does_not_say_its_sources_is_refused(reopened, own):
+    import _ctypes
+
+    # As those were that counted their interface by hand.
+    reopened.setattr(_native, "LIBRARY", Path(_ctypes.__file__))
+    reopened.setattr(_native._sources, "expected", lambda: own)
     with pytest.warns(RuntimeWarning, match="built from other sources"):
         assert _native.library() is None
+
+
+def test_library_of_this_checkout_is_up_to_date():
+    """Otherwise every test of the native operators would be skipped, and nobody would know."""
+    assert not _native.LIBRARY.exists() or _native.library() is not None, _native.status()
+
+
+def test_number_of_sources(tmp_path):
+    folder = tmp_path / "cpu"
+    (folder / "vector").mkdir(parents=True)
+    code = 'struct Call {\n  const void* x;  // (rows, width)\n  int64_t rows;\n};\nconst char* a = "// none";\n'
+    file = folder / "vector" / "call.h"
+
+    def number(text: str) -> int:
+        file.write_text(text)
+        return _sources.number(folder)
+
+    first = number(code)
+    assert 0 <= first < 2**64
+    # What the compiler does not see does not make a library stale.
+    assert number(code.replace("// (rows, width)", "// what it is given")) == first
+    assert number("/* About\n   this. */\n" + code.replace("  int64_t", "\n\n\tint64_t")) == first
+    # All else does: order, types, what only looks like a comment, where it is.
+    changes = [("x;", "y;"), ("int64_t rows", "int32_t rows"), ("// none", "// some"), ("const void* x;", "")]
+    assert len({first, *(number(code.replace(*change)) for change in changes)}) == len(changes) + 1
+    number(code)
+    file.rename(folder / "call.h")
+    assert _sources.number(folder) != first

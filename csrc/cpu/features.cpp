@@ -98,8 +98,9 @@ bool request_amx() { return false; }
 
 }  // namespace
 
-// Counts changes of this interface. fastpeft/_native.py refuses a library of another count.
-FASTPEFT_EXPORT int32_t fastpeft_cpu_interface() { return 3; }
+// Which sources this library was built from: a number that setup.py computes of them (fastpeft/_sources.py).
+// fastpeft/_native.py opens no library of other sources than its own.
+FASTPEFT_EXPORT uint64_t fastpeft_cpu_sources() { return FASTPEFT_SOURCES; }
 
 FASTPEFT_EXPORT uint64_t fastpeft_cpu_features() { return detect(); }
 

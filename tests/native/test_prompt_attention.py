@@ -326,6 +326,37 @@ def test_chosen_by_name(dtype):
     assert all(error(a, b) <= limit for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [None, (70, 1)])
+@pytest.mark.parametrize("width", [32, 40, 96])
+def test_keys_that_are_the_values_have_one_gradient(level, width, lengths, dtype):
+    """A memory that is read twice gets the sum of both gradients in one place."""
+    if lengths is not None and (level != "amx" or dtype == torch.float32):
+        pytest.skip("lengths are the matrix unit's")
+    q, memory = torch.randn(2, 2, 37, width).to(dtype), torch.randn(2, 2, 70, width).to(dtype)
+    dout = torch.randn(2, 2, 37, width).to(dtype)
+    lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
+    options = {"scale": width**-0.5} | ({} if lengths is None else {"lengths": lengths})
+    out, lse = op.forward(q, memory, memory, None, None, **options)
+    saved = (dout, q, memory, memory, None, None, out, lse)
+    dq, dk, dv = op.backward(*saved, **options)[:3]
+    one, both, none = op.backward(*saved, **options, one_memory=True)[:3]
+    assert none is None and torch.equal(one, dq)
+    exact = _memory_gradient(q, memory, dout, width**-0.5, lengths)
+    assert_close("dk + dv", both, dk + dv, exact)
+    # Who wants one of the two gets that one.
+    needs = (False, False, True, False, False)
+    assert torch.equal(op.backward(*saved, **options, needs=needs, one_memory=True)[2], dv)
+
+
+def _memory_gradient(q: Tensor, memory: Tensor, dout: Tensor, scale: float, lengths: Tensor | None) -> Tensor:
+    q, memory, dout = q.double(), memory.double().requires_grad_(), dout.double()
+    scores = scale * q @ memory.transpose(-1, -2)
+    if lengths is not None:
+        scores = scores.masked_fill(torch.arange(memory.shape[2]) >= lengths[:, None, None, None], float("-inf"))
+    return torch.autograd.grad(scores.softmax(-1) @ memory, memory, dout)[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [197, 257, 577, 1025, 2300])

@@ -3,6 +3,8 @@
 //   P^T = exp(scale * k q^T - lse),   dP^T = v dout^T,   dS^T = scale * P^T * (dP^T - delta)
 //   dv = P^T dout,   dk = dS^T q,   dq^T = k^T dS^T,   delta = sum over keys of P dP / sum over keys of P
 //
+// Where dk and dv are one place, as of keys and values that are one tensor, it gets their sum.
+//
 // Transposed, P and dS come out as the left factors of dv and dk; pairs of rows of dS^T interleaved are the right factor
 // of dq^T. No matrix of probabilities is ever transposed.
 //
@@ -18,6 +20,11 @@ namespace {
 
 struct BackwardTag;
 
+// Tensors in a blocked matrix have its address in common, and not their columns.
+bool one_place(const Heads& a, const Heads& b) {
+  return a.data == b.data && a.layout == b.layout && a.batch == b.batch && a.head == b.head && a.row == b.row;
+}
+
 class Backward {
  public:
   Backward(const Attention& a, bf16* memory) : whole_(a), a_(a), n_(a), first_(first(a)) {
@@ -26,7 +33,8 @@ class Backward {
     douts_ = take(memory, n_.queries * n_.widths);
     douts_depth_ = take(memory, n_.queries * n_.widths);
     key_rows_ = take(memory, n_.widths);
-    value_rows_ = take(memory, n_.widths);
+    one_memory_ = a.prompts == 0 && one_place(a.k, a.v);
+    value_rows_ = one_memory_ ? key_rows_ : take(memory, n_.widths);
     keys_transposed_ = take(memory, n_.widths * n_.keys);
     probabilities_ = take(memory, n_.queries * n_.keys);
     dprobabilities_ = reinterpret_cast<float*>(take(memory, 2 * n_.queries * n_.keys));
@@ -58,6 +66,7 @@ class Backward {
       nothing(a_.dk, b, h);
       nothing(a_.dv, b, h);
     }
+    const bool both = a_.dk.data != nullptr && one_place(a_.dk, a_.dv);
     const bool needs_dk = a_.dk.data != nullptr || a_.dprompt_k.data != nullptr || k_sums != nullptr;
     const bool needs_dv = a_.dv.data != nullptr || a_.dprompt_v.data != nullptr || v_sums != nullptr;
     pack_queries(b, h);
@@ -65,10 +74,10 @@ class Backward {
     for (int64_t i = 0; i < n_.queries * kBlock; i += 16)
       _mm512_store_ps(delta_ + i, _mm512_div_ps(_mm512_load_ps(delta_ + i), _mm512_load_ps(total_ + i)));
     for (int64_t j = first_; j < n_.keys; ++j) {
-      const bf16* p = probabilities_ + j * n_.queries * kBlockSize;
-      if (needs_dv) gradient(b, h, j, p, douts_depth_, a_.dv, a_.dprompt_v, v_sums);
+      const Product dv = {probabilities_ + j * n_.queries * kBlockSize, douts_depth_}, dk = {slopes_, queries_depth_};
       if (needs_dk || a_.dq.data != nullptr) slopes(j);
-      if (needs_dk) gradient(b, h, j, slopes_, queries_depth_, a_.dk, a_.dprompt_k, k_sums);
+      if (needs_dv) gradient(b, h, j, dv, both ? dk : kNothing, a_.dv, a_.dprompt_v, v_sums);
+      if (needs_dk && !both) gradient(b, h, j, dk, kNothing, a_.dk, a_.dprompt_k, k_sums);
     }
     if (a_.dq.data != nullptr) query_gradient(b, h);
   }
@@ -106,6 +115,7 @@ class Backward {
       k.rows(j, w * kBlock, rows);
       put_left(rows, key_rows_ + w * kBlockSize);
       if (a_.dq.data != nullptr) put_left_transposed(rows, keys_transposed_ + (w * n_.keys + j) * kBlockSize);
+      if (one_memory_) continue;
       v.rows(j, w * kBlock, rows);
       put_left(rows, value_rows_ + w * kBlockSize);
     }
@@ -181,14 +191,25 @@ class Backward {
     }
   }
 
-  // Rows 32 j .. of left * right, to tokens and prompts.
-  void gradient(int64_t b, int64_t h, int64_t j, const bf16* left, const bf16* right, const Heads& tokens,
+  // Blocks of queries: those of the left factor one after another, those of the right one in rows of blocks.
+  struct Product {
+    const bf16 *left, *right;
+  };
+  static constexpr Product kNothing = {nullptr, nullptr};
+
+  FASTPEFT_INLINE void multiply(const Product& product, int64_t w) {
+    for (int64_t i = 0; i < n_.queries; ++i)
+      multiply_step(product.left + i * kBlockSize, product.right + (w * n_.queries + i) * kBlockSize);
+  }
+
+  // Rows 32 j .. of a product, or of the sum of two, to tokens and prompts.
+  void gradient(int64_t b, int64_t h, int64_t j, const Product& product, const Product& more, const Heads& tokens,
                 const Heads& prompts, float* prompt_sums) {
     const int64_t count = smaller(kBlock, a_.tokens + a_.prompts - j * kBlock);
     for (int64_t w = 0; w < n_.widths; ++w) {
       zero_sums();
-      for (int64_t i = 0; i < n_.queries; ++i)
-        multiply_step(left + i * kBlockSize, right + (w * n_.queries + i) * kBlockSize);
+      multiply(product, w);
+      if (more.left != nullptr) multiply(more, w);
       float* sums = sums_ + (4 + (w & 1)) * kSums;
       store_sums(sums);
       const int64_t column = w * kBlock, row = j * kBlock, own = row < a_.tokens ? smaller(count, a_.tokens - row) : 0;
@@ -252,7 +273,8 @@ class Backward {
   const Attention& whole_;
   Attention a_;
   Extent n_;
-  int64_t first_;  // block of keys to begin with
+  int64_t first_;    // block of keys to begin with
+  bool one_memory_;  // values are the keys
   bf16 *queries_, *queries_depth_, *douts_, *douts_depth_, *key_rows_, *value_rows_, *keys_transposed_, *probabilities_,
       *slopes_, *slopes_depth_;
   float *sums_, *dprobabilities_, *lse_, *delta_, *total_;

@@ -20,6 +20,7 @@ from fastpeft.native.vector.library import call, pointer, side_by_side, type_rea
 
 # Takes the lengths of padded keys instead of a bias.
 LENGTHS = True
+ONE_MEMORY = True
 
 # Threads find work for each of them, and not much more for one than for another.
 _PIECES_A_THREAD = 4
@@ -209,6 +210,7 @@ def backward(
     lengths: Tensor | None = None,
     needs: tuple[bool, bool, bool, bool, bool] = (True, True, True, True, True),
     packed: Tensor | None = None,
+    one_memory: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `forward`. Equal inputs and numbers of threads give equal bits.
 
@@ -232,6 +234,7 @@ def backward(
         needs: which of dq, dk, dv, dprompt_k, dprompt_v are wanted. The others cost nothing.
         packed: (B, N, 3, H, D), contiguous, q's dtype, with Nq = N: dq, dk and dv are written into its slices and are
             views of it.
+        one_memory: k and v are one tensor, and there are no prompts: dk is the sum of its two gradients and dv None.
 
     Returns:
         dq, dk, dv, dprompt_k, dprompt_v in their inputs' shapes and dtypes, the first three each a view of a contiguous
@@ -247,6 +250,10 @@ def backward(
         (_rows_before_heads(t) if place is None else place) if need else None
         for t, place, need in zip((q, k, v), places, needs[:3], strict=True)
     ]
+    together = one_memory and needs[1] and needs[2]
+    if together and _on_matrix_unit(q, k, bias, causal, dropout):
+        # It adds up what has one place.
+        tokens[2] = tokens[1]
     if _on_matrix_unit(q, k, bias, causal, dropout):
         heads = [matrix_unit.Heads.strided(t) for t in (q, k, v, *prompts)]
         gradients = [matrix_unit.Heads.strided(t) for t in (dout, *tokens)]
@@ -260,6 +267,9 @@ def backward(
         _of_prompts(t, prompt, prompt_index) if need else None
         for t, prompt, need in zip(sums, (prompt_k, prompt_v), needs[3:], strict=True)
     ]
+    if together:
+        dk, dv = tokens[1:]
+        tokens[1:] = [dk if dk is dv else dk.add_(dv), None]
     return *tokens, *found
 
 
