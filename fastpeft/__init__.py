@@ -7,6 +7,7 @@ fastpeft.patch(model, fastpeft.VPT(length=50))
 from fastpeft import methods
 from fastpeft.ensemble import PromptEnsemble
 from fastpeft.errors import FastPEFTError, MethodError, UnsupportedModelError
+from fastpeft.fold import fold_prefix
 from fastpeft.merge import merge
 from fastpeft.methods import *  # noqa: F403
 from fastpeft.parameters import parameter_groups, trainable_parameters
@@ -23,6 +24,7 @@ __all__ = [
     "PromptEnsemble",
     "Summary",
     "UnsupportedModelError",
+    "fold_prefix",
     "frozen_prefix",
     "get_rng_state",
     "load",

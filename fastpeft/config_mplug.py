@@ -134,7 +134,15 @@ class QuestionDataConfig(_LanguageData):
             `original` the question alone.
         ocr: Whether the words read in the image follow the question.
         objects: Whether the names of the things seen in it follow.
-        max_length: Tokens of a question, its start included; what is longer is cut off in training.
+        max_length: Tokens of a question with its template, its start included. Of what is longer, the end of the
+            question is cut off in training; what the template has behind it stays.
+        answer_list: JSON list of the answers that evaluation chooses from, the likeliest one; without it answers are
+            generated.
+        annotations: The challenge's annotation file of `val` or `test`, or of both: what their answers are scored by,
+            also by type of question and answer, so that the JSON lists need no answers there.
+        answers_outside: What becomes of answers that the list lacks: `refuse` ends the run before it begins if one is
+            trained on, or is what most annotators said to a question of validation or test; `keep` trains on them,
+            though they are never chosen.
     """
 
     name: Literal["vqa"]
@@ -146,6 +154,9 @@ class QuestionDataConfig(_LanguageData):
     ocr: bool = False
     objects: bool = False
     max_length: int = Field(default=25, gt=1)
+    answer_list: str | None = None
+    answers_outside: Literal["refuse", "keep"] = "refuse"
+    annotations: dict[Literal["val", "test"], str] | None = None
 
     @field_validator("template")
     @classmethod
@@ -158,6 +169,9 @@ class QuestionDataConfig(_LanguageData):
     def _measured(self) -> QuestionDataConfig:
         if self.val is None and self.test is None:
             raise ValueError("give data.val or data.test, JSON files of the questions that the answers are measured on")
+        for name in self.annotations or ():
+            if getattr(self, name) is None:
+                raise ValueError(f"data.annotations.{name} goes with data.{name}, the questions that it is about")
         return self
 
 
@@ -251,7 +265,7 @@ class CaptionEvalConfig(_EvalConfig):
 
 
 class QuestionEvalConfig(_EvalConfig):
-    """How answers are generated and judged.
+    """How answers are generated and judged. Where they are chosen from `data.answer_list`, nothing is searched for.
 
     Attributes:
         min_length: Tokens generated at least, the end included.
@@ -283,8 +297,9 @@ class MPlugRun(RunConfig):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """As of every run; how results are computed does not matter beside the adapter."""
-        return {key: value for key, value in super().identity().items() if key != "train.cache_gib"}
+        """As of every run; how results are computed and looked after does not matter beside the adapter."""
+        free = ("train.cache_gib", "data.answers_outside")
+        return {key: value for key, value in super().identity().items() if key not in free}
 
 
 class CaptionConfig(MPlugRun):

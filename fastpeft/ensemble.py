@@ -40,7 +40,8 @@ class PromptEnsemble(nn.Module):
             backend: as `fastpeft.patch` takes it.
 
         Raises:
-            MethodError: an adapter is not of VPT alone, or its method differs from the first's.
+            MethodError: an adapter is not of VPT alone, or its method differs from the first's; the model is no image
+                transformer itself, or holds others.
             FastPEFTError: a folder is not an adapter, or is of another base.
         """
         super().__init__()
@@ -56,7 +57,7 @@ class PromptEnsemble(nn.Module):
                 )
         patch(model, method, train_head=train_head, backend=backend).requires_grad_(False).eval()
         # An image's way up to the first prompt is the same for all members.
-        ((_, host),) = hosts(model)
+        host = _host(model)
         self._banks = []
         for block, *sets in zip(view_of(host).blocks, *(prompts for _, _, prompts, _ in members), strict=True):
             if sets[0] is not None:
@@ -64,7 +65,7 @@ class PromptEnsemble(nn.Module):
                 block.module._modules[VPT.name] = bank.to(block.device).eval()
                 self._banks.append(bank)
         prefix = frozen_prefix(host)
-        if host is not model or prefix is None:
+        if prefix is None:
             raise MethodError("an ensemble's model must be a transformer that fastpeft.frozen_prefix can take apart")
         for name in members[0][3]:
             setattr(host, name, _Heads([heads[name] for *_, heads in members]).to(next(host.parameters()).device))
@@ -105,7 +106,7 @@ def _member(model: nn.Module, folder: str | os.PathLike) -> tuple[Method, bool, 
         record = record_of(model)
         if not isinstance(record.method, VPT):
             raise MethodError(f"{folder} was trained with {record.method}; an ensemble is made of VPT alone")
-        ((_, host),) = hosts(model)
+        host = _host(model)
         view = view_of(host)
         prompts = [_prompts(block.module) for block in view.blocks]
         heads = {name: getattr(host, name) for name in view.spec.heads if isinstance(getattr(host, name), nn.Linear)}
@@ -116,6 +117,22 @@ def _member(model: nn.Module, folder: str | os.PathLike) -> tuple[Method, bool, 
         return record.method, record.train_head, prompts, copies
     finally:
         unpatch(model, discard=True)
+
+
+def _host(model: nn.Module) -> nn.Module:
+    """The model, if it is one transformer that reads images and holds no other.
+
+    Raises:
+        MethodError: it is not.
+    """
+    found = [path.rstrip(".") for path, _ in hosts(model)]
+    if found != [""]:
+        places = ", ".join(path or "the model itself" for path in found)
+        raise MethodError(
+            f"an ensemble's model must be one transformer that takes images, such as a timm VisionTransformer, got "
+            f"{type(model).__name__} with {len(found)} ({places}); run its adapters one by one"
+        )
+    return model
 
 
 def _prompts(block: nn.Module) -> Tensor | None:

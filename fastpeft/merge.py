@@ -42,7 +42,7 @@ def merge(model: nn.Module) -> nn.Module:
     if record.merged is not None:
         return model
     ((_, host),) = outermost(model)
-    blocks = view_of(host).blocks
+    blocks = view_of(host).every_block()
     refused = [reason for block in blocks for reason in _refusals(block)]
     if refused:
         raise MethodError("cannot merge: " + "; ".join(refused))

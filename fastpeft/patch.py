@@ -183,14 +183,20 @@ def _add_method(model: nn.Module, record: PatchRecord, method: Method, train_hea
         method.enter(view)
         view.settle()
     except BaseException:
-        _strip(host)
+        for _, inner in hosts(host):
+            _strip(inner)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(before[name])
         raise
-    state.backbone_eval = not all(part.backbone_dropout for part in method.parts())
-    if any(block.module._modules[name].draws for block in view.blocks for name in _extensions(block.module)):
-        state.clock = DropoutClock(int(torch.randint(1 << 62, (), device="cpu")))
-        host.add_module("fastpeft_clock", state.clock.to(next(host.parameters()).device))
+    rests = not all(part.backbone_dropout for part in method.parts())
+    clock = None
+    if any(block.module._modules[name].draws for block in view.every_block() for name in _extensions(block.module)):
+        clock = DropoutClock(int(torch.randint(1 << 62, (), device="cpu")))
+        host.add_module("fastpeft_clock", clock.to(next(host.parameters()).device))
+    for _, inner in hosts(host):
+        # A tower that the method left out stays as it is.
+        if inner is host or any(_extensions(block.module) for block in view_of(inner).blocks):
+            inner.fastpeft_host.backbone_eval, inner.fastpeft_host.clock = rests, clock
     record.method, record.train_head = method, train_head
     record.required_grad = before
     for keeper in _keepers(model):

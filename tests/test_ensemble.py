@@ -118,3 +118,23 @@ def test_what_makes_no_ensemble(tmp_path):
         fastpeft.PromptEnsemble(vit(seed=1), [vpt])
     with pytest.raises(fastpeft.MethodError, match="train its members"):
         fastpeft.PromptEnsemble(model, [vpt]).train()
+
+
+def test_what_is_no_image_transformer_is_a_line(tmp_path):
+    """An mPLUG holds an image tower beside its own blocks; a wrapped transformer is not the model."""
+    from tests.models.mplug.tiny import make
+
+    model = fastpeft.patch(make(), fastpeft.VPT(3, stacks="image"))
+    fastpeft.save(model, tmp_path / "mplug")
+    plain = make()
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    with pytest.raises(fastpeft.MethodError) as caught:
+        fastpeft.PromptEnsemble(plain, [tmp_path / "mplug"])
+    said = str(caught.value)
+    assert "\n" not in said and "got MPlug with 2 (the model itself, visual_encoder" in said
+    assert not [name for name in plain.state_dict() if "vpt" in name]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in plain.state_dict().items())
+    wrapped = torch.nn.Sequential(fastpeft.patch(vit(), fastpeft.VPT(3)))
+    fastpeft.save(wrapped, tmp_path / "wrapped")
+    with pytest.raises(fastpeft.MethodError, match=r"got Sequential with 1 \(0\)"):
+        fastpeft.PromptEnsemble(torch.nn.Sequential(vit()), [tmp_path / "wrapped"])

@@ -29,7 +29,7 @@ class CaptionedImage:
     Attributes:
         path: The file.
         name: Its name, which is the id in result files.
-        image_id: COCO's number, where there is one, else the list's own, else the name.
+        image_id: COCO's number, where there is one, else the name.
         sentences: Captions in lower case, otherwise as they are.
     """
 
@@ -111,9 +111,8 @@ def _image(entry: Entry, root: Path, presence: Presence) -> CaptionedImage:
 
 def _image_id(entry: Entry, name: str) -> int | str:
     numbered = _COCO_NAME.search(name)
-    for field in ("cocoid", "image_id", None, "imgid"):
-        if field is None and numbered:
-            return int(numbered[1])
-        if field is not None and field in entry:
+    for field in ("cocoid", "image_id"):
+        if field in entry:
             return entry.whole(field)
-    return name
+    # Not imgid, which counts the images of a list: in a submission it would be another image's number.
+    return int(numbered[1]) if numbered else name

@@ -97,17 +97,30 @@ class CaptionCollate(_Collate):
 class VqaCollate(_Collate):
     """Makes a `VqaBatch` of samples."""
 
-    def __init__(self, tokenizer: Tokenizer, *, training: bool, max_length: int | None = None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, training: bool, max_length: int | None = None, ending: str = ""
+    ) -> None:
         """Prepare.
 
         Args:
             tokenizer: Of answers that have their end token, and of questions, which have none.
             training: Whether answers are in the batch, and `max_length` counts.
             max_length: Tokens of a question that are kept in training, the first one included.
+            ending: What the template has behind the question, such as " Answer: ". It is kept: of a text that is too
+                long, what follows the template is cut first, and then the end of the question.
+
+        Raises:
+            DataError: The ending leaves no room for a question.
         """
         self.tokenizer = tokenizer
         self.training = training
         self.max_length = max_length if training else None
+        self.ending = tokenized(tokenizer, [ending], None)[0][0, 1:]
+        if self.max_length is not None and len(self.ending) + 1 >= self.max_length:
+            raise DataError(
+                f"max_length: {self.max_length} tokens leave no room for a question before '{ending}', which has "
+                f"{len(self.ending)}"
+            )
 
     def batch(self, samples: Sequence[VqaSample]) -> VqaBatch:
         """The batch of some samples.
@@ -115,7 +128,7 @@ class VqaCollate(_Collate):
         Raises:
             DataError: One has no answer to train on.
         """
-        question = tokenized(self.tokenizer, [sample.question for sample in samples], self.max_length)
+        question = self._questions(samples)
         answers: tuple[torch.Tensor | None, ...] = (None, None, None, None)
         if self.training:
             counts = [len(sample.answers) for sample in samples]
@@ -125,6 +138,17 @@ class VqaCollate(_Collate):
             weights = torch.tensor([weight for sample in samples for weight in sample.weights], dtype=torch.float32)
             answers = (*tokenized(self.tokenizer, texts, None), weights, torch.tensor(counts))
         return VqaBatch(_stacked(samples), *question, *answers, _indices(samples))
+
+    def _questions(self, samples: Sequence[VqaSample]) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, mask = tokenized(self.tokenizer, [sample.question for sample in samples], None)
+        most = self.max_length
+        if most is None or ids.shape[1] <= most:
+            return ids, mask
+        ids = ids[:, :most].clone()
+        asked = [sample.question.removesuffix(sample.more) for sample in samples]
+        cut = tokenized(self.tokenizer, asked, None)[1].sum(1) > most
+        ids[cut, most - len(self.ending) :] = self.ending
+        return ids, mask[:, :most]
 
 
 def moved(batch: Batch, device: torch.device | str) -> Batch:

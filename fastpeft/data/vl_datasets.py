@@ -33,13 +33,14 @@ class CaptionSample(NamedTuple):
 
 
 class VqaSample(NamedTuple):
-    """An image, a question, and the answers with their weights."""
+    """An image, a question, and the answers with their weights; `more` of the question stands behind its template."""
 
     image: torch.Tensor
     question: str
     answers: tuple[str, ...]
     weights: tuple[float, ...]
     index: int
+    more: str = ""
 
 
 class _Samples(Dataset):
@@ -147,7 +148,7 @@ class VqaQuestions(_Samples):
         question = self.questions.questions[number]
         answers = tuple(answer + END for answer in question.answers)
         image = self._read(question.image, number)
-        return VqaSample(image, self._text(question), answers, question.weights, number)
+        return VqaSample(image, self._text(question), answers, question.weights, number, question.more)
 
     def _text(self, question: Question) -> str:
         # Not str.format: a question may have braces of its own.

@@ -53,10 +53,26 @@ class Question:
 
 @dataclass(frozen=True)
 class Questions:
-    """The questions of one or several files, and the images that they are about, each image once."""
+    """The questions of one or several files, and the images that they are about, each image once.
+
+    Attributes:
+        images: Their files.
+        questions: In the order of the files.
+        files: Each file and the number of its first question.
+    """
 
     images: list[Path]
     questions: list[Question]
+    files: tuple[tuple[str, int], ...] = ()
+
+    def where(self, number: int) -> str:
+        """Where a question stands, for messages: file, entry and id."""
+        question = self.questions[number]
+        named = f"'{question.text}'" if question.question_id is None else f"question_id {question.question_id}"
+        for file, first in reversed(self.files):
+            if number >= first:
+                return f"{file}: entry {number - first} ({named})"
+        return f"question {named}"
 
 
 def read_vqa(
@@ -88,8 +104,9 @@ def read_vqa(
     seen: dict[int, str] = {}
     # Answers recur: of five million that VQAv2's annotators gave in training, hardly a hundredth are distinct.
     known: dict[str, str] = {}
-    questions = []
+    questions, firsts = [], []
     for file in files:
+        firsts.append((str(file), len(questions)))
         for entry in entries(file, read_json(file), "a list of questions"):
             image = numbers.of(presence.ask(_root(entry, roots), entry.text("image"), f"{entry.where}: image"))
             text, question_id = entry.text("question"), _question_id(entry, training, seen)
@@ -100,7 +117,7 @@ def read_vqa(
     if not questions:
         raise DataError(f"{', '.join(map(str, files)) or 'VQA'}: no questions in it")
     presence.check()
-    return Questions(numbers.paths, questions)
+    return Questions(numbers.paths, questions, tuple(firsts))
 
 
 def clean_ocr(words: str) -> str:

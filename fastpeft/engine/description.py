@@ -115,6 +115,9 @@ class HostSpec:
         inputs: of a model with several stacks, those whose input learned rows may be put before -> path of the block
             that they then belong to.
         classifiers: parameters of an output layer that is not one of `heads`, by what is to be trained of it.
+        towers: stacks that are transformers of their own inside this one -> path of the child that is it or holds it.
+            The host reads their rows. A method acts on those that it names.
+        unread: paths of modules that the host holds and never runs: a tower's own read-out. Nothing trains them.
     """
 
     family: str
@@ -129,6 +132,8 @@ class HostSpec:
     left_alone: list[tuple[str, str]] = field(default_factory=list)
     inputs: dict[str, str] = field(default_factory=dict)
     classifiers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    towers: dict[str, str] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
 
     @property
     def stacks(self) -> tuple[str, ...]:

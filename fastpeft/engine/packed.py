@@ -96,16 +96,17 @@ def attend_to_memory(
         return None
     k, v = keys[1], values[1]
     scale = spec.scale
-    return memory_attention(
-        q, memory, k.weights[0], v.weights[0], v.biases[0], k.terms, v.terms, scale, None, lengths, backend
-    )
+    with suspended(memory.device):
+        return memory_attention(
+            q, memory, k.weights[0], v.weights[0], v.biases[0], k.terms, v.terms, scale, None, lengths, backend
+        )
 
 
 def _serve(run: BlockRun, roles: tuple[str, ...], x: Tensor) -> tuple[ModuleType, Layers] | None:
     """The backend and the layers, if all of them are frozen and nobody looks."""
     if run.hooked or is_reference("block", run.backends["block"]) or torch.compiler.is_compiling():
         return None
-    if torch.is_autocast_enabled(x.device.type) or not x.shape[:-1].numel():
+    if not x.shape[:-1].numel() or not _as_they_are(x):
         return None
     layers = layers_of(run, roles)
     if layers is None or layers.trained:
@@ -113,6 +114,12 @@ def _serve(run: BlockRun, roles: tuple[str, ...], x: Tensor) -> tuple[ModuleType
     widths = (*layers.weights[0].shape[1:], *(weight.shape[0] for weight in layers.weights))
     module = choose("block", run.backends["block"], x.device, lambda module: module.reasons(x, widths, None))
     return None if module is None else (module, layers)
+
+
+def _as_they_are(x: Tensor) -> bool:
+    """Whether a product takes these rows without a cast, and gives rows of their format."""
+    kind = x.device.type
+    return not torch.is_autocast_enabled(kind) or x.dtype == torch.get_autocast_dtype(kind)
 
 
 def _adapter(run: BlockRun, location: str) -> tuple[str, Bottleneck | None] | None:

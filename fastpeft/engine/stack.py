@@ -27,7 +27,7 @@ class HostState:
 
     Attributes:
         spec: the host's description.
-        clock: counter of the dropout masks; None if no method draws.
+        clock: counter of the dropout masks, one for a transformer and its towers; None if no method draws.
         backbone_eval: keep everything but the method and the head in evaluation mode while training.
         memory: one of `MEMORIES`.
         backends: operator -> what is asked for, as `fastpeft.ops.choose.asked` gives it.
@@ -70,6 +70,9 @@ def packs_of(host: nn.Module) -> list:
 def _rest(module: nn.Module) -> None:
     """Evaluation mode for a backbone module; the methods' extensions in it go on training."""
     if isinstance(module, Extension):
+        return
+    if isinstance(module, EngineHost) and module.fastpeft_host.backbone_eval:
+        # A tower with a method in it rests by itself, and is in training: it draws masks.
         return
     module.training = False
     for inner in module._modules.values():

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from fastpeft.engine.adopt import adopt
@@ -21,8 +22,8 @@ class BlockView:
     """One block.
 
     Attributes:
-        index: position, from 0.
-        path: module path in the host.
+        index: number in the outermost host, from 0; a tower's blocks are counted behind its own.
+        path: module path in the outermost host.
         module: the block.
         spec: the block by roles.
     """
@@ -37,7 +38,7 @@ class BlockView:
         return self.spec.dim
 
     def attach(self, name: str, extension: Extension) -> None:
-        """Add a method's extension as the block's child `name`, on the block's device.
+        """Add a method's extension as the block's child `name`, on the block's device; in float64 if the block is.
 
         Raises:
             MethodError: the block has a child or attribute of that name.
@@ -46,13 +47,18 @@ class BlockView:
         if hasattr(self.module, name):
             raise MethodError(f"{self.path} already has {name!r}; a method can be attached once")
         extension.place(self.index, len(state.extensions))
-        extension.to(self.device)
+        _like(extension, self.module)
         self.module.add_module(name, extension)
         state.extensions = (*state.extensions, name)
 
     @property
-    def device(self):
-        return next(iter(self.module.parameters())).device
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what a method adds: float64 beside weights of float64, else float32, the masters of lower ones too."""
+        return torch.float64 if _is_double(self.module) else torch.float32
 
     def norms(self) -> Iterator[nn.Module]:
         """The block's LayerNorms."""
@@ -67,37 +73,68 @@ class ModelView:
     Attributes:
         host: the transformer.
         spec: its description.
+        prefix: of paths in the outermost host: "" or, of a tower, its own path with a dot behind.
         blocks: its blocks, in order.
         carried: prompt rows that leave block i, for each block; a method that inserts prompts adds its own.
+        towers: the transformers inside it that a method may name, as it would see them; those that the engine runs.
     """
 
-    def __init__(self, host: nn.Module, spec: HostSpec):
+    def __init__(self, host: nn.Module, spec: HostSpec, prefix: str = "", first: int = 0):
         self.host = host
         self.spec = spec
-        self.blocks = [BlockView(i, path, host.get_submodule(path), b) for i, (path, b) in enumerate(spec.blocks)]
+        self.prefix = prefix
+        self.blocks = [
+            BlockView(i, prefix + path, host.get_submodule(path), b) for i, (path, b) in enumerate(spec.blocks, first)
+        ]
         self.carried = [0] * len(self.blocks)
+        self.towers: dict[str, ModelView] = {}
         self._every_block = self.blocks
+        for name, path in spec.towers.items():
+            # What stands there may have been wrapped since.
+            for inner, module in host.get_submodule(path).named_modules(prefix=path):
+                if "fastpeft_host" in module.__dict__:
+                    behind = first + len(self.every_block())
+                    self.towers[name] = ModelView(module, module.fastpeft_host.spec, f"{prefix}{inner}.", behind)
+                    break
 
     def of(self, stacks: tuple[str, ...] | None) -> ModelView:
-        """The same model with the blocks of these stacks only; of all for None.
+        """The same model with the blocks of these stacks only; of all but the towers' for None.
+
+        A tower alone is the view of that transformer. With other stacks its blocks stand before theirs.
 
         Raises:
-            MethodError: a stack that the model does not have.
+            MethodError: a stack that the model does not have, or a tower that the engine does not run.
         """
         if stacks is None:
             return self
-        known = self.spec.stacks
+        known = [name for name in (*self.spec.towers, *self.spec.stacks) if name]
         for stack in stacks:
-            if stack not in known or not stack:
-                listed = f"it has: {', '.join(known)}" if any(known) else "its blocks are one stack without a name"
+            if stack not in known:
+                listed = f"it has: {', '.join(known)}" if known else "its blocks are one stack without a name"
                 raise MethodError(f"{self.spec.family} has no stack {stack!r}; {listed}")
-        part = copy.copy(self)
-        part.blocks = [block for block in self.blocks if block.spec.stack in stacks]
+        towers = [self._running(name) for name in self.spec.towers if name in stacks]
+        part = copy.copy(towers[0] if len(stacks) == len(towers) == 1 else self)
+        own = [block for block in self.blocks if block.spec.stack in stacks]
+        part.blocks = [*(block for tower in towers for block in tower.blocks), *own]
         return part
+
+    def _running(self, name: str) -> ModelView:
+        """A tower whose every block the engine runs."""
+        tower = self.towers.get(name)
+        if tower is None:
+            raise MethodError(f"the engine does not run {self.spec.towers[name]}, which is the stack {name!r}")
+        if tower.spec.left_alone:
+            path, reason = tower.spec.left_alone[0]
+            raise MethodError(f"the stack {name!r} needs every block, but {tower.prefix}{path} is left alone: {reason}")
+        return tower
+
+    def every_block(self) -> list[BlockView]:
+        """The blocks of all stacks, those of the towers before the transformer's own."""
+        return [*(block for tower in self.towers.values() for block in tower.every_block()), *self._every_block]
 
     def inputs(self) -> list[BlockView]:
         """The blocks that hold what stands before the input of their stack."""
-        places = set(self.spec.inputs.values())
+        places = {self.prefix + path for path in self.spec.inputs.values()}
         return [block for block in self.blocks if block.path in places]
 
     def classifier(self, part: str) -> list[nn.Parameter]:
@@ -114,13 +151,13 @@ class ModelView:
         return self.spec.patch_area
 
     def heads(self) -> list[nn.Linear]:
-        """The linear output layers (two for distilled models, none if the model has no classifier)."""
-        found = [self.host.get_submodule(name) for name in self.spec.heads]
+        """The linear output layers (two for distilled models, none if the model has no classifier or is a tower)."""
+        found = [] if self.prefix else [self.host.get_submodule(name) for name in self.spec.heads]
         return [head for head in found if isinstance(head, nn.Linear)]
 
     def read_tokens(self) -> list[nn.Parameter]:
-        """Embeddings of the tokens that the head reads; none if it reads others."""
-        return [self.host.get_parameter(name) for name in self.spec.read_tokens]
+        """Embeddings of the tokens that the head reads; none if it reads others, or if the model is a tower."""
+        return [] if self.prefix else [self.host.get_parameter(name) for name in self.spec.read_tokens]
 
     def deepen(self, head: nn.Linear, layers: nn.Module) -> None:
         """Put layers before a linear head, as its child `mlp`.
@@ -130,7 +167,7 @@ class ModelView:
         """
         if isinstance(head, DeepHead):
             raise MethodError("the head already has hidden layers")
-        head.mlp = layers.to(head.weight.device)
+        head.mlp = _like(layers, head)
         adopt(head, DeepHead)
 
     def final(self) -> list[nn.Module]:
@@ -138,12 +175,18 @@ class ModelView:
         return [self.host.get_submodule(name) for name in self.spec.final]
 
     def backbone(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every parameter that is neither the head's nor a method's; of chosen stacks, those of their blocks."""
-        added = method_tensors(self.host, self._every_block)
+        """Every parameter that is run and neither the head's nor a method's; of chosen stacks, those of their blocks.
+
+        Without chosen stacks, those of the towers too.
+        """
+        added = method_tensors(self.host, self.every_block())
+        unread = tuple(f"{path}." for path in self.spec.unread)
         chosen = "" if self.blocks is self._every_block else tuple(f"{block.path}." for block in self.blocks)
         for name, parameter in self.host.named_parameters():
-            if name not in added and name.split(".")[0] not in self.spec.heads and name.startswith(chosen):
-                yield name, parameter
+            path = self.prefix + name
+            ours = path not in added and name.split(".")[0] not in self.spec.heads
+            if ours and path.startswith(chosen) and not name.startswith(unread):
+                yield path, parameter
 
     def carry(self, first: int, last: int, length: int) -> None:
         """Declare that `length` prompt rows inserted in block `first` (from 0) are ordinary rows up to block `last`.
@@ -163,14 +206,26 @@ class ModelView:
 
     def settle(self) -> None:
         """Tell the blocks what they carry."""
+        for tower in self.towers.values():
+            tower.settle()
         for index, block in enumerate(self.blocks):
             state: BlockState = block.module.fastpeft_block
             state.carry_in = self.carried[index - 1] if index else 0
             state.carry_out = self.carried[index]
 
 
+def _like(added: nn.Module, module: nn.Module) -> nn.Module:
+    """What a method adds to a module, on its device and no less exact than it; in place."""
+    added.to(next(module.parameters()).device)
+    return added.double() if _is_double(module) else added
+
+
+def _is_double(module: nn.Module) -> bool:
+    return any(parameter.dtype is torch.float64 for parameter in module.parameters())
+
+
 def method_tensors(host: nn.Module, blocks: list[BlockView]) -> dict[str, str]:
-    """Names, in the host, of the tensors that methods added -> name of the method."""
+    """Names of the tensors that methods added to these blocks, and to the host's head -> name of the method."""
     found = {}
     for block in blocks:
         for name in block.module.fastpeft_block.extensions:

@@ -39,9 +39,10 @@ class Adapter(Method):
         check(self.init in ("normal", "released"), f"Adapter: init must be 'normal' or 'released', got {self.init!r}")
 
     def attach(self, model: ModelView) -> None:
-        check(self.reduction <= model.dim, f"Adapter: reduction {self.reduction} leaves no unit at width {model.dim}")
         for block in model.blocks:
-            adapter = SingleAdapter(block.dim, block.dim // self.reduction, "gelu", bias=True, skip=True)
+            dim = block.dim
+            check(self.reduction <= dim, f"Adapter: reduction {self.reduction} leaves no unit at width {dim}")
+            adapter = SingleAdapter(dim, dim // self.reduction, "gelu", bias=True, skip=True)
             if self.init == "released":
                 nn.init.zeros_(adapter.down.weight)
             block.attach(self.name, adapter)

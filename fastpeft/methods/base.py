@@ -27,8 +27,10 @@ class Method:
         name: as in configs, in saved adapters and in the names of the method's tensors.
         backbone_dropout: train with the backbone's own dropout and stochastic depth. Off for everything but full
             fine-tuning, as in the VPT paper's protocol.
-        stacks: of a model with several stacks of blocks (mPLUG's "text", "fusion" and "decoder"), those that the method
-            acts on; one may be a string. None for all.
+        stacks: of a model with several stacks of blocks (mPLUG's "image", "text", "fusion" and "decoder"), those that
+            the method acts on; one may be a string. None for all but "image": a tower, which is a transformer of its
+            own inside the model, is frozen and has nothing in it unless it is named. What trains a whole backbone,
+            as `Full` and `BitFit` do, trains the blocks of named stacks, and without names everything, towers too.
     """
 
     name: ClassVar[str] = ""

@@ -21,7 +21,8 @@ class PrefixTuning(Method):
     form="hidden" (mPLUG study):    block([P; x]), and the outputs at P are dropped
 
     With `mlp` the keys and values of a block are [P_k, P_v] = W_2 tanh(W_1 E + b_1) + b_2, E of shape (length, d), and
-    the hidden form's P is that too. `fastpeft.merge` leaves frozen keys and values in its place.
+    the hidden form's P is that too. `fastpeft.fold_prefix` leaves this method without `mlp` in its place,
+    `fastpeft.merge` frozen keys and values.
 
     Attributes:
         length: prefix tokens a block.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.engine.extensions import Prompts
-from fastpeft.engine.view import ModelView
+from fastpeft.engine.view import BlockView, ModelView
 from fastpeft.errors import MethodError
 from fastpeft.methods.base import Method, check, is_count, is_probability, names
 
@@ -104,10 +104,15 @@ class VPT(Method):
             block = model.blocks[index]
             prompts = shared
             if prompts is None:
-                start = self._start(model, rows, order, len(where), given)
+                start = self._start(model.patch_area, block, rows, order, len(where), given)
                 prompts = nn.Parameter(start, requires_grad=self.trained)
             if self.share in ("inter", "all"):
                 shared = prompts
+            check(
+                prompts.shape[-1] == block.dim,
+                f"VPT: share={self.share!r} needs blocks of one width, but {block.path} has {block.dim} after "
+                f"{prompts.shape[-1]}",
+            )
             block.attach(self.name, Prompts(prompts, self.length, self.drop, self.dropout_mask == "sample"))
         model.carry(where[-1], len(model.blocks) - 1, self.length)
 
@@ -115,20 +120,22 @@ class VPT(Method):
         # A saved adapter holds the trained values; the file they started from need not be there any more.
         return super().to_dict() | ({"init": "zero"} if _is_file(self.init) else {})
 
-    def _start(self, model: ModelView, rows: int, order: int, count: int, init: str | Tensor) -> Tensor:
-        dim = model.dim
+    def _start(
+        self, patch_area: int, block: BlockView, rows: int, order: int, count: int, init: str | Tensor
+    ) -> Tensor:
+        dim = block.dim
         if isinstance(init, Tensor):
             value = init[order] if init.dim() == 3 and len(init) == count else init
             check(
                 tuple(value.shape) == (rows, dim),
                 f"VPT: init has shape {tuple(init.shape)}, expected ({rows}, {dim}) or ({count}, {rows}, {dim})",
             )
-            return value.detach().clone().float()
+            return value.detach().clone().to(block.dtype)
         if init == "zero":
             return torch.zeros(rows, dim)
         if init == "normal":
             return torch.randn(rows, dim) * 0.02
-        bound = math.sqrt(6.0 / (model.patch_area + dim))
+        bound = math.sqrt(6.0 / (patch_area + dim))
         return torch.empty(rows, dim).uniform_(-bound, bound)
 
 

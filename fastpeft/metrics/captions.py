@@ -167,6 +167,22 @@ def read_caption_results(path: str) -> tuple[dict[str, str], dict[str, list[str]
     return predictions, references
 
 
+def numbered(captions: Captions) -> bool:
+    """Whether every image has its number in COCO, which a submission needs.
+
+    Raises:
+        DataError: They have, and two have the same.
+    """
+    names: dict[int | str, str] = {}
+    if not all(isinstance(image.image_id, int) for image in captions.images):
+        return False
+    for image in captions.images:
+        first = names.setdefault(image.image_id, image.name)
+        if first != image.name:
+            raise DataError(f"captions: images '{first}' and '{image.name}' have the same COCO number {image.image_id}")
+    return True
+
+
 def coco_submission(predictions: Mapping[str, str], captions: Captions) -> list[dict[str, Any]]:
     """Predictions by image name as COCO's server takes them: `[{"image_id": number, "caption": text}]`.
 

@@ -40,10 +40,15 @@ def write_rank(folder: str | Path, name: str, rank: int, records: Sequence[Mappi
 
 def write_records(path: str | Path, records: Sequence[Mapping[str, Any]]) -> Path:
     """Write a list of records, so that the file is whole or not there."""
+    return write_json(path, list(records))
+
+
+def write_json(path: str | Path, values: Any) -> Path:
+    """Write a JSON file that is whole or not there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(list(records), ensure_ascii=False), encoding="utf-8")
+    unfinished.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
     unfinished.replace(path)
     return path
 

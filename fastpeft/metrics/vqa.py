@@ -115,20 +115,48 @@ def read_annotations(path: str | Path) -> dict[int, Annotation]:
     return found
 
 
-def annotations_of(questions: Questions) -> dict[int, Annotation]:
+def annotations_of(questions: Questions, numbers: Iterable[int] | None = None) -> dict[int, Annotation]:
     """What `vqa_accuracy` needs, of questions that were read with their answers; types are not known.
 
+    Args:
+        questions: What was read.
+        numbers: Which of them; None for all.
+
     Raises:
-        DataError: A question has no id, no answers, or a single one that is no annotator's.
+        DataError: A question has no id, no answers, or a single one that is no annotator's; the message names file,
+            entry and id.
     """
     found = {}
-    for question in questions.questions:
-        if question.question_id is None or sum(question.given) < 2:
-            raise DataError(
-                f"question '{question.text}': VQA accuracy needs a question_id and the answers of several annotators"
-            )
+    for number in range(len(questions.questions)) if numbers is None else numbers:
+        question = questions.questions[number]
+        if question.question_id is None:
+            raise DataError(f"{questions.where(number)}: VQA accuracy needs a question_id")
+        if not question.answers:
+            raise DataError(f"{questions.where(number)}: has no field 'answer', which VQA accuracy needs")
+        if sum(question.given) < 2:
+            raise DataError(f"{questions.where(number)}: VQA accuracy needs the answers of several annotators")
         answers = zip(question.answers, question.given, strict=True)
         found[question.question_id] = Annotation(tuple(answer for answer, times in answers for _ in range(times)))
+    return found
+
+
+def annotations_from(path: str | Path, questions: Questions, numbers: Iterable[int]) -> dict[int, Annotation]:
+    """Of the challenge's annotation file, what is about some questions.
+
+    Args:
+        path: The file.
+        questions: What was read.
+        numbers: Which of them.
+
+    Raises:
+        DataError: The file is missing or malformed, or lacks a question; the message names it.
+    """
+    known, found = read_annotations(path), {}
+    for number in numbers:
+        question_id = questions.questions[number].question_id
+        if question_id not in known:
+            raise DataError(f"{path}: has no annotation of {questions.where(number)}")
+        found[question_id] = known[question_id]
     return found
 
 

@@ -242,6 +242,7 @@ class _Attention(torch.autograd.Function):
         reads = getattr(module, "reads_output", _always)(q, k, options.bias, options.causal, options.dropout)
         ctx.save_for_backward(q, k, v, prompt_k, prompt_v, out if reads else None, lse)
         ctx.options, ctx.module = options, module
+        ctx.one_memory = k is v and prompt_k is None and getattr(module, "ONE_MEMORY", False)
         return out
 
     @staticmethod
@@ -250,8 +251,9 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout: Tensor):
         q, k, v, *rest = ctx.saved_tensors
         packed = _packed_like(q, k, v) if all(ctx.needs_input_grad[:3]) else None
+        together = {"one_memory": True} if ctx.one_memory else {}
         gradients = ctx.module.backward(
-            dout, q, k, v, *rest, **ctx.options.keywords(), needs=ctx.needs_input_grad[:5], packed=packed
+            dout, q, k, v, *rest, **ctx.options.keywords(), needs=ctx.needs_input_grad[:5], packed=packed, **together
         )
         return (*gradients, None, None)
 

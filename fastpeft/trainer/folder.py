@@ -96,8 +96,9 @@ class RunFolder:
             ) from None
         for key in NOT_OF_THE_RESULT:
             before.pop(key, None)
-        if before != identity:
-            keys = sorted(key for key in before.keys() | identity.keys() if before.get(key) != identity.get(key))
+        # A key that is newer than the run and not given changes nothing.
+        keys = sorted(key for key in before.keys() | identity.keys() if before.get(key) != identity.get(key))
+        if keys:
             changes = ", ".join(f"{key} (was {before.get(key)}, now {identity.get(key)})" for key in keys)
             raise ConfigError(
                 f"out: {self.root} holds a run with another configuration: {changes}; "

@@ -21,6 +21,7 @@ from fastpeft.trainer.launch import Ranks, barrier
 from fastpeft.trainer.logs import Logs
 from fastpeft.trainer.order import STEP, mix
 from fastpeft.trainer.report import Reporter
+from fastpeft.trainer.saved import SavedBytes
 from fastpeft.trainer.stepper import Stepper
 from fastpeft.trainer.work import Work
 
@@ -62,6 +63,8 @@ class Loop:
     Attributes:
         position: Where it stands.
         best: The trained tensors of the best epoch on validation, if there is a validation split.
+        saved_mb: What the run's first forward pass kept for its backward pass, on this rank; None where that cannot be
+            counted.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Loop:
         self.deal = work.deal
         self.position = Position()
         self.best: dict[str, torch.Tensor] = {}
+        self.saved_mb: float | None = None
         self.scale = precision.LossScale(list(stepper.named.values()), work.dtype == torch.float16)
         self.graph: StepGraph | None = None
         if self.train.cuda_graph:
@@ -107,6 +111,7 @@ class Loop:
         self.work.load_buffers(_under("buffer", tensors))
         self.best = _under("best", tensors)
         self.scale.load(state["scale"])
+        self.saved_mb = state.get("saved_mb")
         fastpeft.set_rng_state(self.work.model, rank=self.ranks.rank, **state["rng"])
         if state["world"] != self.ranks.world:
             self.report.warn(
@@ -139,6 +144,7 @@ class Loop:
                 "rng": fastpeft.get_rng_state(self.work.model),
                 "world": self.ranks.world,
                 "zero": self.train.zero,
+                "saved_mb": self.saved_mb,
             }
             checkpoint.save(self.folder.checkpoints, position.global_step, tensors, state)
         barrier(self.ranks)
@@ -189,7 +195,7 @@ class Loop:
             if self.graph is not None:
                 loss_sum += self.graph(*batch)
                 continue
-            loss = self.work.loss(batch)
+            loss = self._loss(batch)
             if not counted:
                 loss = loss * 0.0
             # The stepper averages over ranks; the step is on the mean over the whole batch.
@@ -219,6 +225,17 @@ class Loop:
         position.train_seconds += time.perf_counter() - started
         rates = {group["name"]: rate(group["base_lr"]) for group in self.stepper.optimizer.param_groups}
         logs.step(position.global_step, total / units, rates)
+
+    def _loss(self, batch: Any) -> torch.Tensor:
+        """The sum of a micro-batch's losses; of the run's first one, what its graph keeps is counted."""
+        # At stage 3 a tensor has to be found by its parameter again, as others hold its values meanwhile.
+        if self.saved_mb is not None or self.train.zero == 3:
+            return self.work.loss(batch)
+        model = self.work.model
+        with SavedBytes((*model.parameters(), *model.buffers())) as saved:
+            loss = self.work.loss(batch)
+        self.saved_mb = saved.megabytes
+        return loss
 
     def _forward_and_backward(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """A whole batch on one rank: gradients of its mean loss; returns the sum of its losses."""

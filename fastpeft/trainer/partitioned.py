@@ -105,6 +105,8 @@ class PartitionedStepper(Stepper):
         """Set the trained parameters, each rank its share."""
         from deepspeed.utils import safe_set_local_fp32_param
 
+        # What an evaluation fetched ahead and did not use is still there whole, and would be used as it was.
+        self._engine.empty_partition_cache()
         for name, parameter in self.named.items():
             share = _share(values[name], parameter)
             # What the forward pass gathers may be the optimizer's own or a copy of it.

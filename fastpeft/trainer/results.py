@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import resource
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,8 @@ import torch.distributed
 # The object and not pyplot, which keeps global state and looks for a display. Imported here so that a run without
 # matplotlib ends before it starts.
 from matplotlib.figure import Figure
+
+from fastpeft.trainer import memory
 
 _PACKAGES = ("torch", "timm", "deepspeed", "numpy")
 
@@ -31,17 +31,19 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_mb(device: torch.device) -> dict[str, float]:
-    """The largest memory of any rank so far: resident on the host, allocated on the device; collective."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    host = peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    """The largest memory of any rank since `memory.forget_peak`: resident on the host, allocated on the device.
+
+    Collective. The host's is of all that the process held meanwhile, not of the run alone.
+    """
+    host = memory.peak_resident() / 2**20
     on_device = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
     both = torch.tensor([host, on_device], dtype=torch.float64, device=device)
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
-    memory = {"host": round(float(both[0]), 1)}
+    found = {"host": round(float(both[0]), 1)}
     if device.type == "cuda":
-        memory["device"] = round(float(both[1]), 1)
-    return memory
+        found["device"] = round(float(both[1]), 1)
+    return found
 
 
 def rows(results: dict[str, Any]) -> dict[str, str]:

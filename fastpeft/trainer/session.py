@@ -10,7 +10,7 @@ import torch
 
 import fastpeft
 from fastpeft.config import RunConfig
-from fastpeft.trainer import checkpoint, kinds, launch, optim, results
+from fastpeft.trainer import checkpoint, kinds, launch, memory, optim, results
 from fastpeft.trainer.feature_store import FeatureStore
 from fastpeft.trainer.folder import RunFolder
 from fastpeft.trainer.logs import Logs
@@ -71,6 +71,7 @@ def _train(
     store: FeatureStore | None,
 ) -> dict[str, Any]:
     """Train from the last checkpoint, or from the beginning, to the end."""
+    memory.forget_peak(ranks.device)
     kind = kinds.of(config)
     task, model = kind.prepare(config, source)
     deal = kind.deal(task, model, ranks)
@@ -131,7 +132,7 @@ def _finish(loop: Loop, summary: Any) -> dict[str, Any]:
                 test["best_val"] = more.get(score)
         else:
             test["best_val"] = test["last"]
-    memory = results.peak_memory_mb(loop.ranks.device)
+    peak = results.peak_memory_mb(loop.ranks.device)
     outcome = {
         "model": config.model.name,
         "method": _method_name(config),
@@ -149,7 +150,8 @@ def _finish(loop: Loop, summary: Any) -> dict[str, Any]:
             "total": round(loop.total_seconds(), 3),
         },
         "ms_per_image": round(1000 * position.train_seconds / work.deal.seen(position.epoch), 4),
-        "peak_memory_mb": memory,
+        "peak_memory_mb": peak,
+        "saved_mb": loop.saved_mb,
         "precision": work.precision,
         "cached_features": work.cached,
         "ranks": loop.ranks.world,

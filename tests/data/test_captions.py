@@ -68,11 +68,11 @@ def test_ids(tmp_path):
     entries[0]["cocoid"] = 77
     images = read_captions(write_json(tmp_path / "a.json", entries), tmp_path).images
     assert [image.image_id for image in images] == [77, 2, "a.png"]
-    # What a file calls imgid counts its images; COCO's number comes first.
+    # What a file calls imgid counts its images, and is no number of COCO's.
     for number, entry in enumerate(entries):
         entry["imgid"] = 500 + number
     images = read_captions(write_json(tmp_path / "a.json", entries), tmp_path).images
-    assert [image.image_id for image in images] == [77, 2, 502]
+    assert [image.image_id for image in images] == [77, 2, "a.png"]
     captions = read_captions(write_json(tmp_path / "a.json", entries + entries[:1]), tmp_path)
     with pytest.raises(DataError, match="another image has the same name, which is its id"):
         captions.references()

@@ -102,6 +102,40 @@ def test_vqa_evaluation_has_no_answers_and_no_cut(questions):
         VqaQuestions(questions, images(questions.images), template="Question:")
 
 
+def test_of_a_long_question_the_end_is_cut_and_the_templates_stays(tmp_path):
+    entries = question_entries(tmp_path)
+    entries[0]["question"] = "Is it red or blue or green ?"
+    entries[0]["object_label"] = "car&&tree"
+    entries[1]["object_label"] = "dog&&cat"
+    questions = read_vqa(write_json(tmp_path / "q.json", entries), tmp_path, training=True, objects=True)
+    dataset = VqaQuestions(questions, images(questions.images))
+    samples, tokenizer = [dataset[0], dataset[1], dataset[2]], WordTokenizer()
+
+    def texts(**settings):
+        batch = VqaCollate(tokenizer, ending=" Answer: ", **settings)(samples)
+        rows = zip(batch.question_ids, batch.question_mask, strict=True)
+        return [tokenizer.text(ids[mask]) for ids, mask in rows]
+
+    assert texts(training=True, max_length=7) == [
+        "[CLS] question: is it red or answer:",
+        "[CLS] question: how many? answer: [SEP] dog",
+        "[CLS] question: what {is} it? answer:",
+    ]
+    # As long as the template with its question, to the token, and one less.
+    assert texts(training=True, max_length=11)[0] == "[CLS] question: is it red or blue or green ? answer:"
+    assert texts(training=True, max_length=10)[0] == "[CLS] question: is it red or blue or green answer:"
+    assert texts(training=True, max_length=5)[1:] == [
+        "[CLS] question: how many? answer:",
+        "[CLS] question: what {is} answer:",
+    ]
+    whole = "[CLS] question: is it red or blue or green ? answer: [SEP] car tree"
+    assert texts(training=False, max_length=7)[0] == texts(training=True, max_length=30)[0] == whole
+    with pytest.raises(
+        DataError, match=r"max_length: 2 tokens leave no room for a question before ' Answer: ', which h"
+    ):
+        VqaCollate(tokenizer, training=True, max_length=2, ending=" Answer: ")
+
+
 def test_a_question_without_answers_cannot_be_trained_on(tmp_path):
     entries = question_entries(tmp_path)
     del entries[1]["answer"]

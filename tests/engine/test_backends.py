@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 
 import pytest
 import torch
@@ -25,28 +24,6 @@ REACHES = {
     "prefix-kv": {"prompt_attention", "layer_norm", "mlp"},
     "bitfit": {"prompt_attention", "layer_norm"},
 }
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """Operators whose kernels were called, forward or backward."""
-    seen = {"forward": set(), "backward": set()}
-
-    def watch(module, operator, name):
-        inner = getattr(module, name)
-
-        def spy(*args, **kwargs):
-            seen[name.split("_")[0]].add(operator)
-            return inner(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, spy)
-
-    for operator in choose.OPERATORS:
-        module = importlib.import_module(f"fastpeft.kernels.{operator}")
-        for name in ("forward", "backward", "backward_input"):
-            if hasattr(module, name):
-                watch(module, operator, name)
-    return seen
 
 
 def step(model, x):

@@ -75,6 +75,11 @@ def losses(model, given) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_patched_model_is_the_literal_one(method, training):
+    assert_parity(method, training)
+
+
+def assert_parity(method, training: bool) -> None:
+    """Everything that a step may ask for, and its gradients, are the literal model's."""
     literal, patched = twins(method)
     for model in (literal, patched):
         model.train(training)

@@ -35,8 +35,8 @@ def test_stacks(stacks, expected):
 
 
 def test_stacks_that_do_not_fit():
-    with pytest.raises(MethodError, match="mPLUG has no stack 'image'; it has: text, fusion, decoder"):
-        fastpeft.patch(make(), fastpeft.LoRA(2, stacks=("text", "image")))
+    with pytest.raises(MethodError, match="mPLUG has no stack 'vision'; it has: image, text, fusion, decoder"):
+        fastpeft.patch(make(), fastpeft.LoRA(2, stacks=("text", "vision")))
     with pytest.raises(MethodError, match="no stack here whose input can be prompted"):
         fastpeft.patch(make(), fastpeft.PromptTuning(2, stacks="fusion"))
     with pytest.raises(MethodError, match="no block attends to a memory"):

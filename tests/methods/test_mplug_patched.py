@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 
 import pytest
@@ -14,6 +15,7 @@ from fastpeft.models.mplug import MPlug
 from fastpeft.models.mplug.layers import BertLayer
 from tests.methods.mplug_models import FEW, METHODS, assert_same, greedy, outputs, patched, step
 from tests.models.mplug.tiny import make
+from tests.tiny import randomise
 
 FOLDS = [name for name in METHODS if name.startswith("lora") and "classifier" not in name]
 BECOMES_KEYS = [name for name in METHODS if name.startswith(("prefix", "vpt"))]
@@ -63,6 +65,45 @@ def test_what_cannot_be_folded(name, message):
         fastpeft.merge(model)
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+FOLDED = {
+    "prefix by a network": fastpeft.PrefixTuning(3, form="hidden"),
+    "prefix, keys and values by a network": fastpeft.PrefixTuning(3),
+    "a network on some stacks, lora": fastpeft.PrefixTuning(2, form="hidden", stacks=("text", "decoder"))
+    + fastpeft.LoRA(2, targets=("q", "k")),
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_a_folded_prefix_is_saved_and_loaded_without_its_network(name, tmp_path):
+    if name in METHODS:
+        model = patched(name).eval()
+    else:
+        prefix, lora = FOLDED[name].parts()
+        network = dataclasses.replace(prefix, mlp=5)
+        model = randomise(fastpeft.patch(make(), network + lora).double(), scale=0.3).eval()
+    expected = outputs(model)
+    assert fastpeft.fold_prefix(model) is model
+    assert_same(outputs(model), expected)
+    assert fastpeft.summary(model).method == " + ".join(map(repr, FOLDED[name].parts()))
+    plain = fastpeft.patch(make().double(), FOLDED[name])
+    shapes = {n: (t.shape, t.requires_grad) for n, t in plain.named_parameters()}
+    assert {n: (t.shape, t.requires_grad) for n, t in model.named_parameters()} == shapes
+    fastpeft.save(model.float(), tmp_path / "out")
+    loaded = fastpeft.load(make(), tmp_path / "out").eval()
+    assert_same(outputs(loaded, torch.float32), outputs(model, torch.float32), rtol=0, atol=0)
+    expected = outputs(loaded.double())
+    assert step(loaded)["loss"].isfinite(), "what is left can be trained on"
+    assert_same(outputs(fastpeft.merge(loaded.eval())), expected, rtol=1e-8, atol=1e-9)
+
+
+def test_what_has_no_network_to_fold():
+    for model in (make(), patched("prefix"), patched("lora")):
+        with pytest.raises(MethodError, match="carries no prefix with a network to fold"):
+            fastpeft.fold_prefix(model)
+    with pytest.raises(MethodError, match="was merged, and the network with it"):
+        fastpeft.fold_prefix(fastpeft.merge(patched("prefix by a network")))
 
 
 # Saving, copying, taking back.

@@ -15,6 +15,7 @@ from fastpeft.metrics.captions import (
     METRICS,
     caption_records,
     coco_submission,
+    numbered,
     read_caption_results,
     score_captions,
 )
@@ -306,3 +307,9 @@ def test_a_submission_needs_numbers(tmp_path):
     captions = read_captions(write_json(tmp_path / "c.json", entries), tmp_path)
     with pytest.raises(DataError, match=r"image 'a\.png' has no COCO number"):
         coco_submission({"a.png": "x"}, captions)
+    assert not numbered(captions)
+    twice = caption_entries(tmp_path, (1, 1))
+    assert numbered(read_captions(write_json(tmp_path / "c.json", twice), tmp_path))
+    twice[1]["cocoid"] = 1
+    with pytest.raises(DataError, match=r"'COCO_train2014_0+1\.png' and 'COCO_val.*' have the same COCO number 1$"):
+        numbered(read_captions(write_json(tmp_path / "c.json", twice), tmp_path))

@@ -181,7 +181,20 @@ def test_questions_with_their_answers_are_annotations(tmp_path):
     assert scores.by_question == pytest.approx({7: 90, 8: 100, 9: 100 * (2 * (1 / 3) + 6 * (2 / 3)) / 8})
     entries[0] |= {"dataset": "vg", "answer": "yes"}
     questions = read_vqa(write_json(tmp_path / "q.json", entries), tmp_path, training=False)
-    with pytest.raises(DataError, match=r"'Is it red\?': VQA accuracy needs a question_id and the answers of several"):
+    with pytest.raises(
+        DataError, match=r"q\.json: entry 0 \(question_id 7\): VQA accuracy needs the answers of several"
+    ):
+        annotations_of(questions)
+    assert annotations_of(questions, [1, 2]).keys() == {8, 9}
+    del entries[2]["answer"]
+    questions = read_vqa(write_json(tmp_path / "q.json", entries[1:]), tmp_path, training=False)
+    with pytest.raises(
+        DataError, match=r"q\.json: entry 1 \(question_id 9\): has no field 'answer', which VQA accuracy ne"
+    ):
+        annotations_of(questions)
+    del entries[1]["question_id"]
+    questions = read_vqa(write_json(tmp_path / "q.json", entries[1:2]), tmp_path, training=True)
+    with pytest.raises(DataError, match=r"q\.json: entry 0 \('How many\?'\): VQA accuracy needs a question_id"):
         annotations_of(questions)
 
 

@@ -71,6 +71,25 @@ def test_in_bf16_it_is_as_exact_as_keys_and_values(lengths):
         assert_close(f"result {index}", *values)
 
 
+@needs_amx
+@pytest.mark.parametrize("lengths", [None, (7, 1, 33)])
+def test_the_memory_has_one_gradient(lengths, monkeypatch):
+    from fastpeft.native.vector import prompt_attention as module
+
+    asked = []
+    backward = module.backward
+
+    def watched(*args, **options):
+        asked.append(options.get("one_memory", False))
+        return backward(*args, **options)
+
+    monkeypatch.setattr(module, "backward", watched)
+    *tensors, factors = draw(3, 33, 1, torch.bfloat16)
+    lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
+    run(memory_attention, tensors, factors, 1, lengths=lengths, backend="cpu")
+    assert asked == [True]
+
+
 def test_it_pays_for_few_queries():
     # ViT-B and BERT-base: heads of 64.
     assert pays(15, 12, 768, True, True) and not pays(37, 12, 768, True, True)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import fastpeft
 from fastpeft import FastPEFTError, MethodError
+from fastpeft.parameters import owners
 from tests.tiny import METHODS, VARIANTS, fits, images, patched, vit
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -67,6 +68,39 @@ def test_round_trip(method, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_float64_model_keeps_its_last_digits(method, tmp_path):
+    """What is added to it is float64 from the start, so that nothing rounds what was trained on its way back."""
+    model = fastpeft.patch(vit(dtype=torch.float64), METHODS[method])
+    assert {p.dtype for p in fastpeft.trainable_parameters(model)} == {torch.float64}
+    assert not [name for name, t in model.state_dict().items() if t.dtype is torch.float32]
+    with torch.no_grad():
+        for parameter in fastpeft.trainable_parameters(model):
+            parameter.copy_(0.3 * torch.randn_like(parameter))
+    fastpeft.save(model, tmp_path)
+    loaded = fastpeft.load(vit(dtype=torch.float64), tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    x = images(dtype=torch.float64)
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("method", ["vpt+lora", "prefix+adapter", "mlp-3"])
+def test_what_is_added_to_other_models_is_fp32(method, dtype):
+    model = fastpeft.patch(vit(dtype=dtype), METHODS[method])
+    own = {name for name, owner in owners(model).items() if owner not in ("backbone", "head")}
+    added = [t for name, t in model.state_dict().items() if name in own and t.is_floating_point()]
+    assert added and {t.dtype for t in added} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_prompts_that_started_from_float64_are_the_models(dtype):
+    init = torch.randn(3, 4, 32, dtype=torch.float64)
+    model = fastpeft.patch(vit(dtype=dtype), fastpeft.VPT(4, init=init))
+    assert torch.equal(model.blocks[1].vpt.prompts, init[1].to(dtype)) and model.blocks[1].vpt.prompts.dtype is dtype
+
+
 SPREAD = [(m, v) for v in VARIANTS for m in ("vpt+lora", "lora-all", "prefix+adapter", "linear") if fits(METHODS[m], v)]
 
 
@@ -109,14 +143,14 @@ def test_prompts_that_started_from_a_tensor(tmp_path):
     assert torch.equal(loaded.blocks[1].vpt.prompts, model.blocks[1].vpt.prompts)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_masters_keep_their_type_and_the_base_may_be_of_another(dtype, tmp_path):
+@pytest.mark.parametrize("dtype, masters", [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_masters_are_of_no_lower_type_and_the_base_may_be_of_another(dtype, masters, tmp_path):
     base = vit(dtype=torch.bfloat16).float()  # weights that bf16 holds exactly
     model = fastpeft.patch(base, METHODS["vpt-deep"])
     fastpeft.save(model, tmp_path)
     loaded = fastpeft.load(vit(dtype=torch.bfloat16).to(dtype), tmp_path)
-    assert loaded.blocks[0].vpt.prompts.dtype == torch.float32
-    assert torch.equal(loaded.blocks[0].vpt.prompts, model.blocks[0].vpt.prompts)
+    assert loaded.blocks[0].vpt.prompts.dtype == masters
+    assert torch.equal(loaded.blocks[0].vpt.prompts, model.blocks[0].vpt.prompts.to(masters))
 
 
 def test_metadata(saved):

@@ -11,10 +11,12 @@ import yaml
 from safetensors.torch import load_file
 
 import fastpeft
+from fastpeft.metrics import ptb
 from fastpeft.models.mplug import MPlug
 from fastpeft.trainer.loop import Loop
 from fastpeft.trainer.mplug.work import MPlugWork
 from fastpeft.trainer.stepper import Stepper
+from tests.native.amx import needs_amx
 from tests.trainer import vl
 from tests.trainer.test_resume import Killed, interrupt_after
 
@@ -82,6 +84,27 @@ def test_captioning_learns_and_leaves_everything_it_promises(train, write, tmp_p
     assert found["trained_parameters"] == sum(tensor.numel() for tensor in adapter(tmp_path / "out").values())
 
 
+def test_captions_of_numbered_images_are_written_for_submission(train, write, tmp_path, squares):
+    tree = json.loads((squares / "captions.json").read_text())
+    for number, image in enumerate(tree["images"]):
+        image["cocoid"] = 1000 + number
+    (tmp_path / "numbered.json").write_text(json.dumps(tree))
+    files = dict.fromkeys(("train", "val", "test"), str(tmp_path / "numbered.json"))
+    for name, data in (("numbered", files), ("plain", {})):
+        assert train(write(data=data, out=name))[0] == 0
+    folder = tmp_path / "numbered" / "predictions"
+    for split in ("val", "test"):
+        numbers = {image["filename"]: image["cocoid"] for image in tree["images"] if image["split"] == split}
+        said = {
+            entry["question_id"]: entry["pred_caption"] for entry in json.loads((folder / f"{split}.json").read_text())
+        }
+        submission = json.loads((folder / f"{split}_coco.json").read_text())
+        assert submission == [{"image_id": numbers[name], "caption": text} for name, text in said.items()]
+        assert len(submission) == 6
+    # Names without a number, and no others.
+    assert sorted(path.name for path in (tmp_path / "plain" / "predictions").iterdir()) == ["test.json", "val.json"]
+
+
 def test_answers_are_learned_and_written_for_submission(train, write, tmp_path):
     code, _, err = train(write("vqa", method=LEARNING, train={"steps": 80, "base_lr": 2e-2}))
     assert code == 0, err
@@ -92,6 +115,85 @@ def test_answers_are_learned_and_written_for_submission(train, write, tmp_path):
     # Colours and sides are told apart by the question, if by nothing else.
     assert found["test_accuracy"]["last"] >= 0.3
     assert found["metric"] == "accuracy"
+
+
+def answer_list(tmp_path: Path, *answers: str) -> str:
+    path = tmp_path / "answer_list.json"
+    path.write_text(json.dumps(answers))
+    return str(path)
+
+
+EVERY_ANSWER = ("red", "green", "blue", "left", "right", "it is left", "it is right")
+
+
+def test_answers_are_chosen_from_a_list(train, write, tmp_path):
+    options = {"train": {"steps": 40, "base_lr": 2e-2}, "method": LEARNING}
+    given = {"answer_list": answer_list(tmp_path, *EVERY_ANSWER)}
+    code, out, err = train(write("vqa", data=given, out="chosen", **options))
+    assert code == 0, err
+    assert "7 answers to choose from" in out
+    assert results(tmp_path / "chosen")["test_accuracy"]["last"] >= 0.3
+    # Of answers that are never trained on, the text is one nevertheless.
+    given = {"answer_list": answer_list(tmp_path, "a Picture", "no"), "answers_outside": "keep"}
+    code, _, err = train(write("vqa", data=given, out="strange", **options))
+    assert code == 0, err
+    said = {
+        name: {entry["answer"] for entry in json.loads((tmp_path / name / "predictions" / "test.json").read_text())}
+        for name in ("chosen", "strange")
+    }
+    assert said["strange"] <= {"a Picture", "no"} and said["chosen"] <= set(EVERY_ANSWER)
+    assert results(tmp_path / "strange")["test_accuracy"]["last"] == 0
+
+
+def test_an_answer_list_that_lacks_an_answer_is_named(train, write, tmp_path, squares):
+    path = answer_list(tmp_path, *(answer for answer in EVERY_ANSWER if answer != "blue"))
+    code, _, err = train(write("vqa", data={"answer_list": path}))
+    expected = f"{path}: lacks 'blue', an answer of {squares / 'vqa_train.json'}: entry 32 (question_id 42)"
+    assert code == 2 and one_line(err).endswith(f"data: {expected}")
+    # What only a minority said in validation or test may be missing, what most said may not.
+    entries = json.loads((squares / "vqa_val.json").read_text())
+    entries[4]["answer"] = ["teal"] * 6 + ["navy"] * 4
+    (tmp_path / "val.json").write_text(json.dumps(entries))
+    files = {"val": str(tmp_path / "val.json"), "answer_list": answer_list(tmp_path, *EVERY_ANSWER, "navy")}
+    code, _, err = train(write("vqa", data=files))
+    where = f"{tmp_path / 'val.json'}: entry 4 (question_id 14)"
+    assert code == 2 and f"lacks 'teal', the answer that most annotators gave of {where}" in one_line(err)
+    assert train(write("vqa", data=files | {"val_size": 4}))[0] == 0, "it is not asked"
+
+
+def test_an_answer_too_long_to_be_chosen_is_named_before_training(train, write, tmp_path):
+    path = answer_list(tmp_path, *EVERY_ANSWER, "red " * 40)
+    code, _, err = train(write("vqa", data={"answer_list": path}))
+    assert code == 2 and f"{path}: entry 7: has 41 tokens, and the model 40 positions" in one_line(err)
+
+
+def test_a_run_goes_on_though_there_are_new_keys(train, write, tmp_path):
+    config = write("vqa", data={"val": None})
+    assert train(config)[0] == 0
+    (path,) = (tmp_path / "out").rglob("config.json")
+    identity = json.loads(path.read_text())
+    assert identity.pop("data.answer_list") is None
+    path.write_text(json.dumps(identity))
+    assert train(config)[0] == 0
+    code, _, err = train(config, f"data.answer_list={answer_list(tmp_path, *EVERY_ANSWER)}")
+    assert code == 2 and "another configuration: data.answer_list (was None, now " in one_line(err)
+
+
+def test_a_long_question_keeps_the_templates_end(train, write, monkeypatch):
+    from fastpeft.trainer.mplug.answering import Answering
+
+    seen = []
+    memory = Answering.memory
+    monkeypatch.setattr(
+        Answering, "memory", lambda self, image, batch: (seen.append((self, batch)), memory(self, image, batch))[1]
+    )
+    # [CLS] question : what color is the square ? answer :
+    code, _, err = train(write("vqa", data={"val": None, "max_length": 8}, train={"steps": 1, "warmup_steps": 0}))
+    assert code == 0, err
+    (work, trained), (_, asked) = seen[0], seen[-1]
+    texts = {work.task.tokenizer.decode(ids) for ids in trained.question_ids}
+    assert texts <= {"question : what color is answer :", "question : where is the answer :"}, texts
+    assert "question : where is the square? answer :" in {work.task.tokenizer.decode(ids) for ids in asked.question_ids}
 
 
 def test_the_adapter_fits_a_model_that_is_built_without_the_trainer(train, write, tmp_path, squares):
@@ -175,6 +277,22 @@ def test_tokens_computed_once_train_the_same_model(train, write, tmp_path):
     close(tmp_path / "auto", tmp_path / "off")
 
 
+def test_a_method_in_the_image_tower_trains_it(train, write, tmp_path):
+    everywhere = {"name": "lora", "rank": 4, "targets": ["q", "k"], "stacks": ["image", "text", "fusion", "decoder"]}
+    code, _, err = train(write(method=everywhere, train={"steps": 24, "eval_every": 12, "base_lr": 2e-2}))
+    assert code == 0, err
+    found = results(tmp_path / "out")
+    assert found["cached_features"] is None
+    first, last = found["history"]
+    assert last["train_loss"] < first["train_loss"]
+    tensors = adapter(tmp_path / "out")
+    inside = {name: tensor for name, tensor in tensors.items() if name.startswith("visual_encoder.")}
+    assert set(inside) == {f"visual_encoder.blocks.0.lora.{role}.{factor}" for role in "qk" for factor in "AB"}
+    # B starts at zero: what is there has been trained.
+    assert all(tensor.abs().max() > 0 for tensor in tensors.values())
+    assert len({name.split(".")[0] for name in tensors}) == 4
+
+
 @pytest.mark.slow
 def test_images_that_change_or_do_not_fit_are_not_kept(train, write, tmp_path, monkeypatch):
     # 29 tokens of 48 numbers, four bytes each, for 24 training images: there is room for no others.
@@ -194,7 +312,7 @@ def test_images_that_change_or_do_not_fit_are_not_kept(train, write, tmp_path, m
         pytest.param({"name": "prefix", "length": 3, "form": "hidden"}, marks=pytest.mark.slow),
         {"name": "prefix", "length": 3, "form": "hidden", "mlp": 8},
         {"name": "lora", "rank": 2, "targets": ["q", "k"], "heads": "shared"},
-        {"name": "serial_adapter", "hidden": 4},
+        [{"name": "serial_adapter", "hidden": 4}, {"name": "classifier"}],
         [{"name": "parallel_adapter", "hidden": 4, "skip": True}, {"name": "classifier", "part": "transform"}],
         pytest.param([{"name": "prompt_tuning", "length": 2}, {"name": "classifier"}], marks=pytest.mark.slow),
     ],
@@ -208,6 +326,23 @@ def test_every_method_trains_in_half_precision(train, write, tmp_path, method):
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
+@needs_amx
+def test_half_precision_runs_on_the_packed_layers(train, write, monkeypatch):
+    """The trainer's autocast leaves products that are in its format anyway to the engine."""
+    from fastpeft.native import block
+
+    calls = []
+    for name in ("linear", "mlp_branch"):
+        function = getattr(block, name)
+        monkeypatch.setattr(block, name, lambda *args, _f=function, _n=name: (calls.append(_n), _f(*args))[1])
+    code, _, err = train(
+        write("captions", data={"val": None}, train={"precision": "bf16", "steps": 1, "warmup_steps": 0})
+    )
+    assert code == 0, err
+    # Every block of the three stacks, in the step and in the evaluation's searches.
+    assert calls.count("mlp_branch") >= 2 * 7 and calls.count("linear") >= 2 * 2 * 7
+
+
 @pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_zero_stages_give_the_same_adapter_on_one_rank(train, write, tmp_path, zero):
     method = [{"name": "prefix", "length": 2, "form": "hidden"}, {"name": "classifier"}]
@@ -217,9 +352,28 @@ def test_zero_stages_give_the_same_adapter_on_one_rank(train, write, tmp_path, z
 
 
 @pytest.mark.parametrize("zero, offload", [pytest.param(1, "optimizer", marks=pytest.mark.slow), (3, "all")])
-def test_what_is_kept_in_the_hosts_memory_changes_nothing(train, write, tmp_path, zero, offload):
+def test_what_is_kept_in_the_hosts_memory_changes_nothing(train, write, tmp_path, monkeypatch, zero, offload):
+    import deepspeed
+
+    engines = {}
+    initialize = deepspeed.initialize
+
+    def seen(**arguments):
+        found = initialize(**arguments)
+        engines[where] = arguments["config"]["zero_optimization"], found[0]
+        return found
+
+    monkeypatch.setattr(deepspeed, "initialize", seen)
     for where in ("none", offload):
         assert train(write(train={"zero": zero, "offload": where, "steps": 5}, out=where))[0] == 0
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    places = ["offload_optimizer"] + ["offload_param"] * (offload == "all")
+    kept, engine = engines[offload]
+    assert {key: value for key, value in kept.items() if "offload" in key} == dict.fromkeys(places, host)
+    assert engine.zero_offload_optimizer().device == "cpu"
+    assert (engine.zero_offload_param() is not None) == (offload == "all")
+    kept, engine = engines["none"]
+    assert not any("offload" in key for key in kept) and engine.zero_offload_optimizer() is None
     close(tmp_path / offload, tmp_path / "none", rtol=1e-6)
 
 
@@ -266,7 +420,9 @@ def test_the_prompt_is_seen_on_one_route_and_not_on_the_other(train, write, tmp_
     for route in ("fused", "image"):
         for prompt in ("a picture of", "what is it"):
             name = f"{route}{len(prompt)}"
-            assert train(write(data={"route": route, "prompt": prompt}, train={"steps": 2}, out=name))[0] == 0
+            code, out, _ = train(write(data={"route": route, "prompt": prompt}, train={"steps": 2}, out=name))
+            assert code == 0
+            assert ("trained parameters of text encoder and fusion stay as they are" in out) == (route == "image")
             found[route, prompt] = results(tmp_path / name)["history"][-1]["train_loss"]
     assert found["fused", "a picture of"] != found["fused", "what is it"]
     assert found["image", "a picture of"] == found["image", "what is it"]
@@ -330,6 +486,99 @@ def test_an_entry_without_a_field_is_named(train, write, tmp_path, squares):
     assert code == 2 and f"{tmp_path / 'bad.json'}: entry 3" in one_line(err) and "answer" in err
 
 
+def test_accuracy_by_type_where_the_official_annotations_are_given(train, write, tmp_path, squares):
+    entries = json.loads((squares / "vqa_test.json").read_text())
+    annotations = []
+    for entry in entries:
+        color = entry["question"].startswith("What")
+        answers = [{"answer_id": 1 + number, "answer": text} for number, text in enumerate(entry.pop("answer"))]
+        kinds = {"question_type": "what color" if color else "where", "answer_type": "other" if color else "place"}
+        annotations.append({"question_id": entry["question_id"], "image_id": 1, "answers": answers} | kinds)
+    (tmp_path / "test.json").write_text(json.dumps(entries))
+    (tmp_path / "annotations.json").write_text(json.dumps({"annotations": annotations}))
+    data = {"test": str(tmp_path / "test.json"), "annotations": {"test": str(tmp_path / "annotations.json")}}
+    data |= {"answer_list": answer_list(tmp_path, *EVERY_ANSWER, "teal")}
+    code, _, err = train(write("vqa", data=data, method=LEARNING, train={"steps": 20, "base_lr": 2e-2}))
+    assert code == 0, err
+    said = {e["question_id"]: e["answer"] for e in json.loads((tmp_path / "out/predictions/test.json").read_text())}
+    shares = {"other": [], "place": []}
+    for annotation in annotations:
+        same = sum(answer["answer"] == said[annotation["question_id"]] for answer in annotation["answers"])
+        # Answers here are given by eight and two of ten, or by all.
+        shares[annotation["answer_type"]].append({0: 0.0, 2: 0.6, 8: 1.0, 10: 1.0}[same])
+    means = {kind: sum(values) / len(values) for kind, values in shares.items()}
+    scores = results(tmp_path / "out")["test_scores"]
+    assert scores == pytest.approx(
+        {"accuracy": (means["other"] + means["place"]) / 2}
+        | {f"accuracy_{kind}": value for kind, value in means.items()}
+    )
+    assert results(tmp_path / "out")["test_accuracy"]["last"] == scores["accuracy"] > 0
+    table = json.loads((tmp_path / "out/predictions/test_accuracy.json").read_text())
+    assert table["perAnswerType"] == {kind: round(100 * value, 2) for kind, value in means.items()}
+    assert table["perQuestionType"].keys() == {"what color", "where"}
+    assert not (tmp_path / "out/predictions/val_accuracy.json").exists()
+
+
+def test_annotations_that_lack_a_question_are_told_before_training(train, write, tmp_path, squares):
+    annotation = {"question_id": 10, "answers": [{"answer_id": 1, "answer": "red"}]}
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps({"annotations": [annotation]}))
+    code, _, err = train(write("vqa", data={"annotations": {"val": str(path)}}))
+    where = f"{squares / 'vqa_val.json'}: entry 1 (question_id 11)"
+    assert code == 2 and f"data: {path}: has no annotation of {where}" in one_line(err)
+    code, _, err = train(write("vqa", data={"annotations": {"val": str(path)}, "val": None}))
+    assert code == 2 and "data.annotations.val goes with data.val" in one_line(err)
+
+
+@pytest.fixture
+def no_java(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    ptb.java.cache_clear()
+    yield
+    monkeypatch.undo()
+    ptb.java.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        (
+            {"tokenizer": "java"},
+            "tokenizer: 'java' needs Java, and no 'java' that runs was found; give eval.tokenizer=pyt",
+        ),
+        ({"metric": "meteor", "metrics": ["meteor"]}, "metric: METEOR needs Java, and no 'java' that runs was found"),
+    ],
+    ids=("tokenizer", "metric"),
+)
+def test_a_missing_java_is_told_before_training(train, write, tmp_path, no_java, settings, expected):
+    code, _, err = train(write(eval=settings))
+    assert code == 2 and f"eval: {expected}" in one_line(err)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_question_that_cannot_be_scored_is_named_before_training(train, write, tmp_path, squares, split):
+    entries = json.loads((squares / f"vqa_{split}.json").read_text())
+    del entries[3]["answer"]
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(entries))
+    code, _, err = train(write("vqa", data={split: str(path)}))
+    assert code == 2 and f"data: {path}: entry 3 (question_id 13): has no field 'answer'" in one_line(err)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_a_test_without_any_answer_is_not_scored(train, write, tmp_path, squares):
+    entries = json.loads((squares / "vqa_test.json").read_text())
+    for entry in entries:
+        del entry["answer"]
+    (tmp_path / "test.json").write_text(json.dumps(entries))
+    code, _, err = train(write("vqa", data={"test": str(tmp_path / "test.json")}))
+    assert code == 0, err
+    assert results(tmp_path / "out")["test_accuracy"]["last"] is None
+    assert len(json.loads((tmp_path / "out" / "predictions" / "test.json").read_text())) == 12
+
+
 def test_an_image_that_is_missing_or_broken_is_named(train, write, tmp_path, squares):
     entries = json.loads((squares / "vqa_train.json").read_text())
     entries[5]["image"] = "train2014_img/nowhere.png"
@@ -369,3 +618,19 @@ def test_ranks_that_search_together_call_the_decoder_equally_often(train, write,
     assert code == 0, err
     # Six test images in batches of four; six tokens at most.
     assert len(calls) == 2 * 6
+
+
+def test_ranks_that_choose_together_call_the_decoder_equally_often(train, write, tmp_path, monkeypatch):
+    from fastpeft.models.mplug import generation
+
+    calls = []
+    decode = MPlug.decode
+    monkeypatch.setattr(MPlug, "decode", lambda self, *rest: (calls.append(1), decode(self, *rest))[1])
+    monkeypatch.setattr(MPlugWork, "_together", True)
+    # Of a batch of eight, two examples at once.
+    monkeypatch.setattr(generation, "_ROWS", 2 * len(EVERY_ANSWER))
+    data = {"val": None, "answer_list": answer_list(tmp_path, *EVERY_ANSWER)}
+    code, _, err = train(write("vqa", data=data, eval={"batch_size": 8}))
+    assert code == 0, err
+    # Twelve questions: the second batch has four, and calls as often as the first. First tokens, then the others.
+    assert len(calls) == 2 * 4 * 2

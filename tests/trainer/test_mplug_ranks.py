@@ -8,6 +8,7 @@ import subprocess
 import pytest
 import torch
 
+from fastpeft.models.mplug import MPlug, MPlugConfig
 from tests.trainer import vl
 from tests.trainer.conftest import ROOT
 from tests.trainer.test_mplug import adapter, close, results, squares, write  # noqa: F401
@@ -18,10 +19,14 @@ pytestmark = pytest.mark.skipif(LAUNCHER is None, reason="DeepSpeed's launcher i
 METHODS = {
     "lora": {"name": "lora", "rank": 4, "targets": ["q", "k"]},
     "prefix": [{"name": "prefix", "length": 3, "form": "hidden"}, {"name": "classifier", "part": "transform"}],
+    "image": {"name": "lora", "rank": 4, "targets": ["q", "k"], "stacks": ["image", "text", "fusion", "decoder"]},
     "prompts": [{"name": "prompt_tuning", "length": 2}, {"name": "classifier"}],
 }
 # SGD: what AdamW makes of a gradient hides its size, and noise where a gradient is zero.
 TRAIN = {"steps": 20, "eval_every": 10, "optimizer": "sgd", "base_lr": 0.3, "checkpoint_every": "10 steps"}
+
+# Weights as a model usually begins with let nothing through to queries and keys at this width.
+LIVELY = 0.15
 
 # Run as a rank: the training command, with a look at what the rank holds between two steps.
 _LOOK = """
@@ -57,6 +62,35 @@ with open(f"seen{os.environ['RANK']}.json", "w") as file:
 sys.exit(code)
 """
 
+# Run as a rank: the training command, with a look at what DeepSpeed is asked for.
+_OFFLOADED = """
+import json, os, sys
+import deepspeed
+initialize = deepspeed.initialize
+def look(**arguments):
+    with open(f"kept{os.environ['RANK']}.json", "w") as file:
+        json.dump(arguments["config"]["zero_optimization"], file)
+    return initialize(**arguments)
+deepspeed.initialize = look
+from fastpeft.train import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def lively(root) -> dict[str, str]:
+    """A model to begin with whose weights are so large that LoRA has gradients."""
+    path = root / "lively.safetensors"
+    if not path.exists():
+        torch.manual_seed(0)
+        sizes = vl.config(root)["model"]["sizes"]
+        model = MPlug.from_config(MPlugConfig(image_size=32, vocab_size=len(vl.VOCAB), **sizes))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if not name.startswith("visual_encoder"):
+                    parameter.add_(LIVELY * torch.randn_like(parameter))
+        model.save(path)
+    return {"checkpoint": str(path)}
+
 
 @pytest.mark.parametrize(
     "kind, method, zero, cache",
@@ -68,6 +102,7 @@ sys.exit(code)
                 ("captions", "lora", 1, "auto"),
                 ("captions", "prefix", 2, "auto"),
                 ("captions", "prompts", 3, "auto"),
+                ("captions", "image", 3, "auto"),
                 ("vqa", "lora", 2, "off"),
                 ("vqa", "prefix", 3, "auto"),
                 ("vqa", "prompts", 1, "off"),
@@ -83,6 +118,8 @@ def test_two_ranks_train_what_one_does(command, train, write, tmp_path, kind, me
     # 5 validation samples in batches of 4: one rank has nothing left while the other searches.
     options["data"] = {"val_size": 5, "test_size": 5}
     options["eval"] = {"batch_size": 2}
+    if method in ("lora", "image"):
+        options["model"] = lively(tmp_path)
     code, _, err = train(write(kind, out="alone", **options))
     assert code == 0, err
     options["train"] = options["train"] | {"zero": zero}
@@ -92,7 +129,12 @@ def test_two_ranks_train_what_one_does(command, train, write, tmp_path, kind, me
     assert two["ranks"] == 2
     for first, second in zip(one["history"], two["history"], strict=True):
         assert second["train_loss"] == pytest.approx(first["train_loss"], rel=1e-5)
-    assert one["history"][-1]["train_loss"] < one["history"][0]["train_loss"]
+    # Without that, wrong gradients would show in nothing.
+    assert one["history"][-1]["train_loss"] < 0.99 * one["history"][0]["train_loss"]
+    if method in ("lora", "image"):
+        assert all(
+            tensor.abs().max() > 1e-3 for name, tensor in adapter(tmp_path / "two").items() if name.endswith("B")
+        )
     close(tmp_path / "two", tmp_path / "alone", rtol=1e-3, atol=1e-5)
     # Every sample once, whoever generated its text.
     assert read(tmp_path / "two") == read(tmp_path / "alone")
@@ -130,10 +172,32 @@ def test_each_of_two_ranks_holds_half_and_nothing_outlives_the_gather(write, env
 
 
 @pytest.mark.slow
+def test_what_two_ranks_keep_in_the_hosts_memory_changes_nothing(train, write, environment, tmp_path):  # noqa: F811
+    assert train(write(train=TRAIN, method=METHODS["prefix"], out="alone"))[0] == 0
+    config = write(train=TRAIN | {"zero": 3, "offload": "all"}, method=METHODS["prefix"], out="two")
+    script = tmp_path / "offloaded.py"
+    script.write_text(_OFFLOADED)
+    done = subprocess.run(
+        [*launcher(2), str(script), "--config", str(config)],
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        kept = json.loads((tmp_path / f"kept{rank}.json").read_text())
+        assert [kept[place]["device"] for place in ("offload_optimizer", "offload_param")] == ["cpu", "cpu"]
+    close(tmp_path / "two", tmp_path / "alone", rtol=1e-3, atol=1e-5)
+    assert read(tmp_path / "two") == read(tmp_path / "alone")
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_at_another_world_size_and_stage(command, train, write, tmp_path, monkeypatch):  # noqa: F811
     from tests.trainer.test_resume import Killed, interrupt_after
 
-    options = {"train": TRAIN | {"checkpoint_every": "1 step"}, "method": METHODS["lora"]}
+    options = {"train": TRAIN | {"checkpoint_every": "1 step"}, "method": METHODS["lora"], "model": lively(tmp_path)}
     assert train(write(out="whole", **options))[0] == 0
     with monkeypatch.context() as patch:
         interrupt_after(patch, 7)
@@ -149,8 +213,9 @@ def test_a_run_goes_on_at_another_world_size_and_stage(command, train, write, tm
 @pytest.mark.slow
 def test_two_nodes_of_a_hostfile_train_what_one_process_does(train, write, environment, tmp_path):  # noqa: F811
     # As docs/scale.md has it, with both nodes on this machine.
-    assert train(write(train=TRAIN, method=METHODS["lora"], out="alone"))[0] == 0
-    config = write(train=TRAIN | {"zero": 2}, method=METHODS["lora"], out="nodes")
+    options = {"method": METHODS["lora"], "model": lively(tmp_path)}
+    assert train(write(train=TRAIN, out="alone", **options))[0] == 0
+    config = write(train=TRAIN | {"zero": 2}, out="nodes", **options)
     (tmp_path / "hostfile").write_text("node-a slots=1\nnode-b slots=1\n")
     port = launcher(1)[-1]
     options = [

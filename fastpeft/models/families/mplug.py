@@ -1,4 +1,4 @@
-"""fastpeft's own mPLUG: text encoder, fusion and decoder. Its image tower is a family of its own."""
+"""fastpeft's own mPLUG: text encoder, fusion and decoder. Its image tower is of another family, as its own stack."""
 
 from __future__ import annotations
 
@@ -118,6 +118,8 @@ class MPlugFamily(Family):
             heads=(),
             patch_area=3 * module.config.patch_size**2,
             known_readout=False,
+            towers={"image": "visual_encoder"},
+            unread=_unread(module.visual_encoder),
             classifiers={
                 "head": (*_TRANSFORM, "text_decoder.bert.embeddings.word_embeddings.weight"),
                 "transform": _TRANSFORM,
@@ -134,6 +136,17 @@ class MPlugFamily(Family):
                 if stack != "fusion":
                     spec.inputs.setdefault(stack, place)
         return spec
+
+
+def _unread(tower: nn.Module) -> tuple[str, ...]:
+    """A tower that reads out for itself is asked for its tokens alone: what timm's `forward_head` runs, by path."""
+    return tuple(
+        f"visual_encoder.{f'{path}.' if path else ''}{name}"
+        for path, module in tower.named_modules()
+        if hasattr(module, "forward_head")
+        for name in ("attn_pool", "fc_norm", "head", "head_dist")
+        if isinstance(getattr(module, name, None), nn.Module)
+    )
 
 
 def _unsupported(layer: nn.Module) -> str | None:

@@ -102,7 +102,7 @@ def rank_answers(
             raise FastPEFTError(f"answer {number} has no token")
     if not len(answers):
         raise FastPEFTError("there are no answers to rank")
-    count = max(1, _ROWS // min(top, len(answers)))
+    count = _examples_at_once(len(answers), top)
     start_id = model.config.cls_id if start_id is None else start_id
     tables = _padded(answers, memory.states.device)
     _check_tokens("an answer", tables[0], model.config.vocab_size)
@@ -112,6 +112,15 @@ def rank_answers(
         part = Stream(memory.states[begin : begin + count], mask)
         found += _rank(model, part, *tables, start_id, top)
     return found
+
+
+def ranking_calls(examples: int, answers: Sequence[Sequence[int]], top: int = 128) -> int:
+    """How often `rank_answers` calls the decoder."""
+    return math.ceil(examples / _examples_at_once(len(answers), top)) * (1 + any(len(answer) > 1 for answer in answers))
+
+
+def _examples_at_once(answers: int, top: int) -> int:
+    return max(1, _ROWS // min(top, answers))
 
 
 def _rank(

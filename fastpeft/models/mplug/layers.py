@@ -30,7 +30,8 @@ class Embeddings(nn.Module):
         """ids (B, L), of which the first stands at position `first` -> (B, L, D)."""
         positions = self.position_embeddings.weight[first : first + ids.shape[1]]
         x = self.word_embeddings(ids) + self.token_type_embeddings.weight[0] + positions
-        return self.dropout(self.LayerNorm(x))
+        # Words that are trained (with a tied output layer) are fp32 where everything frozen is not.
+        return self.dropout(self.LayerNorm(x.to(self.LayerNorm.weight.dtype)))
 
 
 class SelfAttention(nn.Module):

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastpeft.config_mplug import QuestionConfig
+from fastpeft.data.answer_list import check_answers, read_answer_list
 from fastpeft.data.draws import drawn_share
 from fastpeft.data.errors import DataError
 from fastpeft.data.vl_batches import VqaBatch, VqaCollate
-from fastpeft.data.vl_datasets import VqaQuestions
+from fastpeft.data.vl_datasets import END, VqaQuestions
 from fastpeft.data.vqa import TEMPLATES, Questions, read_vqa
-from fastpeft.metrics.result_files import write_records
-from fastpeft.metrics.vqa import annotations_of, vqa_accuracy, vqa_records
-from fastpeft.models.mplug import Stream
+from fastpeft.metrics.result_files import write_json, write_records
+from fastpeft.metrics.vqa import Annotation, annotations_from, annotations_of, vqa_accuracy, vqa_records
+from fastpeft.models.mplug import Stream, rank_answers
+from fastpeft.models.mplug.generation import ranking_calls
 from fastpeft.trainer.mplug.build import open_tokenizer
+from fastpeft.trainer.mplug.lockstep import Lockstep
 from fastpeft.trainer.mplug.task import MPlugTask, Split, image_files, prepared
 from fastpeft.trainer.mplug.work import MPlugWork
 from fastpeft.trainer.task import blame
@@ -39,26 +42,82 @@ def prepare(config: QuestionConfig, source: str) -> tuple[MPlugTask, nn.Module]:
         for name, files in (("val", data.val), ("test", data.test)):
             if files is not None:
                 found[name] = read_vqa(files, data.root, training=False, **more)
-        if "val" in found:
-            annotations_of(found["val"])
-        chosen = drawn_share(len(found["train"].questions), 100 * data.data_ratio, data.seed)
+        chosen = [int(n) for n in drawn_share(len(found["train"].questions), 100 * data.data_ratio, data.seed)]
+        gold = {name: _gold(config, name, found[name]) for name in ("val", "test") if name in found}
+        answers = _answers(config, found, chosen)
     sizes = [f"{len(chosen):,} of {len(found['train'].questions):,} questions"]
     sizes += [f"{len(split.questions):,} {name} questions" for name, split in found.items() if name != "train"]
-    split = partial(_splits, config, found, [int(number) for number in chosen])
+    split = partial(_splits, config, found, chosen, gold)
     files = data.train if isinstance(data.train, str) else data.train[0]
-    return prepared(config, source, tokenizer, split, f"questions of {files}: {', '.join(sizes)}")
+    about = f"questions of {files}: {', '.join(sizes)}"
+    if answers is not None:
+        about += f"; {len(answers):,} answers to choose from"
+    task, model = prepared(config, source, tokenizer, split, about)
+    task.answers = answers
+    with blame(source, "data"):
+        _check_lengths(task, model.config.max_positions)
+    return task, model
 
 
-def _splits(config: QuestionConfig, found: dict[str, Questions], chosen: list[int], size: int) -> dict[str, Split]:
+def _used(config: QuestionConfig, name: str, questions: Questions, chosen: list[int]) -> list[int]:
+    """Numbers of the questions of a split that are asked."""
+    if name == "train":
+        return chosen
+    return list(range(len(questions.questions)))[: {"val": config.data.val_size, "test": config.data.test_size}[name]]
+
+
+def _answers(config: QuestionConfig, found: dict[str, Questions], chosen: list[int]) -> list[str] | None:
+    """What evaluation chooses from, if that is given and has what is asked for."""
+    path = config.data.answer_list
+    if path is None:
+        return None
+    answers = read_answer_list(path)
+    if config.data.answers_outside == "refuse":
+        for name, questions in found.items():
+            numbers = _used(config, name, questions, chosen)
+            check_answers(path, answers, questions, numbers, training=name == "train")
+    return answers
+
+
+def _check_lengths(task: MPlugTask, positions: int) -> None:
+    """Look for an answer to choose from that the first evaluation could not read."""
+    path = task.config.data.answer_list
+    for number, answer in enumerate(task.answers or ()):
+        tokens = len(task.tokenizer.encode(answer + END)) - 1
+        if tokens > positions:
+            raise DataError(f"{path}: entry {number}: has {tokens} tokens, and the model {positions} positions")
+
+
+def _gold(config: QuestionConfig, name: str, questions: Questions) -> dict[int, Annotation] | None:
+    """What the answers of a split are scored by; None if that is not known, which may be so of the test.
+
+    Raises:
+        DataError: It is known of some questions, and not of all, or is not where it should be.
+    """
+    numbers = _used(config, name, questions, [])
+    path = (config.data.annotations or {}).get(name)
+    if path is not None:
+        return annotations_from(path, questions, numbers)
+    if name == "test" and not any(questions.questions[number].answers for number in numbers):
+        return None
+    return annotations_of(questions, numbers)
+
+
+def _splits(
+    config: QuestionConfig,
+    found: dict[str, Questions],
+    chosen: list[int],
+    gold: dict[str, dict[int, Annotation] | None],
+    size: int,
+) -> dict[str, Split]:
     data, splits = config.data, {}
     template = TEMPLATES.get(data.template, data.template)
     for name, questions in found.items():
         files = image_files(config, questions.images, size, training=name == "train")
-        limit = {"train": None, "val": data.val_size, "test": data.test_size}[name]
-        numbers = chosen if name == "train" else list(range(len(questions.questions)))[:limit]
+        numbers = _used(config, name, questions, chosen)
         dataset = VqaQuestions(questions, files, template=template, chosen=numbers)
         used = sorted({questions.questions[number].image for number in numbers})
-        splits[name] = Split(dataset, questions, used)
+        splits[name] = Split(dataset, questions, used, gold.get(name))
     return splits
 
 
@@ -67,9 +126,29 @@ class Answering(MPlugWork):
 
     metric = "accuracy"
 
+    @cached_property
+    def _choices(self) -> list[list[int]]:
+        """Tokens of the answers to choose from."""
+        return [self.task.tokenizer.encode(answer + END)[1:] for answer in self.task.answers]
+
+    def written(self, model: nn.Module | Lockstep, memory: Stream) -> list[str]:
+        """The likeliest of the answers to choose from, if there are any; else as generated."""
+        if self.task.answers is None:
+            return super().written(model, memory)
+        return [self.task.answers[ranked[0][0]] for ranked in rank_answers(model, memory, self._choices)]
+
+    @property
+    def decoder_calls(self) -> int:
+        """Of either way."""
+        if self.task.answers is None:
+            return super().decoder_calls
+        return ranking_calls(self.task.config.eval.batch_size, self._choices)
+
     def collate(self, *, training: bool) -> Callable[[list], Any]:
         """Images with questions, and answers in training."""
-        return VqaCollate(self.task.tokenizer, training=training, max_length=self.task.config.data.max_length)
+        data = self.task.config.data
+        ending = TEMPLATES.get(data.template, data.template).rpartition("{question}")[2]
+        return VqaCollate(self.task.tokenizer, training=training, max_length=data.max_length, ending=ending)
 
     def units(self, keys: list[tuple[int, int]]) -> float:
         """The questions."""
@@ -85,15 +164,19 @@ class Answering(MPlugWork):
         return (losses.sum(1) * batch.weights).sum()
 
     def score(self, split: str, texts: dict[int, str], folder: Path) -> dict[str, float]:
-        """Accuracy by the official rule, as a share; nothing for questions whose answers are not known."""
+        """Accuracy by the official rule, as a share; nothing for questions whose answers are not known.
+
+        Where types are known, accuracies by the type of answer too, and a file with those by the type of question.
+        """
         questions = self.task.splits[split].source.questions
         predictions = {questions[number].question_id: text for number, text in texts.items()}
         write_records(folder / f"{split}.json", vqa_records(predictions))
-        asked = Questions([], [questions[number] for number in texts])
-        try:
-            annotations = annotations_of(asked)
-        except DataError:
-            if any(question.answers for question in asked.questions):
-                raise
+        gold = self.task.splits[split].gold
+        if gold is None:
             return {}
-        return {"accuracy": vqa_accuracy(predictions, annotations).overall / 100}
+        found = vqa_accuracy(predictions, gold)
+        if not found.by_question_type and not found.by_answer_type:
+            return {"accuracy": found.overall / 100}
+        write_json(folder / f"{split}_accuracy.json", found.rounded())
+        kinds = {f"accuracy_{kind}": value / 100 for kind, value in found.by_answer_type.items()}
+        return {"accuracy": found.overall / 100, **kinds}

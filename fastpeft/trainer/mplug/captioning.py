@@ -16,7 +16,7 @@ from fastpeft.data.errors import DataError
 from fastpeft.data.vl_batches import CaptionBatch, CaptionCollate
 from fastpeft.data.vl_datasets import END, CaptionImages, CaptionPairs
 from fastpeft.metrics import ptb
-from fastpeft.metrics.captions import METRICS, caption_records, score_captions
+from fastpeft.metrics.captions import METRICS, caption_records, coco_submission, numbered, score_captions
 from fastpeft.metrics.result_files import write_records
 from fastpeft.models.mplug import Stream
 from fastpeft.trainer.mplug.build import open_tokenizer
@@ -42,6 +42,7 @@ def prepare(config: CaptionConfig, source: str) -> tuple[MPlugTask, nn.Module]:
             if path is not None:
                 found[name] = read_captions(path, data.root, name)
                 found[name].references()
+                numbered(found[name])
         chosen = drawn_share(len(found["train"].pairs), 100 * data.data_ratio, data.seed)
     sizes = [f"{len(chosen):,} of {len(found['train'].pairs):,} captions"]
     sizes += [f"{len(split.images):,} {name} images" for name, split in found.items() if name != "train"]
@@ -113,11 +114,13 @@ class Captioning(MPlugWork):
         return self.model.token_losses(batch.ids, memory, batch.mask)[0].sum()
 
     def score(self, split: str, texts: dict[int, str], folder: Path) -> dict[str, float]:
-        """COCO's scores, by name."""
+        """COCO's scores, by name. Where COCO's numbers of all images are known, its server's file is written too."""
         captions: Captions = self.task.splits[split].source
         asked = Captions([captions.images[number] for number in texts])
         predictions = {image.name: text for image, text in zip(asked.images, texts.values(), strict=True)}
         write_records(folder / f"{split}.json", caption_records(predictions, asked))
+        if numbered(asked):
+            write_records(folder / f"{split}_coco.json", coco_submission(predictions, asked))
         settings = self.task.config.eval
         metrics = [name for name in METRICS if name.lower() in settings.metrics]
         found = score_captions(predictions, asked.references(), tokenizer=settings.tokenizer, metrics=metrics)

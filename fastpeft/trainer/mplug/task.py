@@ -31,11 +31,13 @@ class Split:
         dataset: With `images`, an `ImageFiles`.
         source: The captions or questions that it is of.
         used: Numbers of the images that its samples are about.
+        gold: What its texts are scored by, where that is not in `source`; None if nothing is known.
     """
 
     dataset: Dataset
     source: Any
     used: list[int]
+    gold: Any = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -53,6 +55,7 @@ class MPlugTask:
         description: The data in a line.
         mean: Channel means of the input normalisation.
         std: Channel deviations of the input normalisation.
+        answers: What evaluation chooses from; None if it generates.
     """
 
     config: MPlugRun
@@ -63,6 +66,7 @@ class MPlugTask:
     mean: list[float]
     std: list[float]
     num_classes: int = 0
+    answers: list[str] | None = None
 
     @property
     def init_seed(self) -> int:
@@ -117,7 +121,18 @@ def prepared(
         optim.base_rates(fastpeft.parameter_groups(model), config.train)
     with blame(source, "data"):
         splits = split(model.config.image_size)
+    description += _idle(config, model)
     return MPlugTask(config, source, tokenizer, splits, description, mean, std), model
+
+
+def _idle(config: MPlugRun, model: nn.Module) -> str:
+    """What is trained and never run, in words that follow the data's; "" for nothing."""
+    if getattr(config.data, "route", "fused") == "fused":
+        return ""
+    parts = ("text_encoder.", "fusion_encoder.")
+    trained = {id(p): p for name, p in model.named_parameters() if p.requires_grad and name.startswith(parts)}
+    count = sum(parameter.numel() for parameter in trained.values())
+    return f"; route image: {count:,} trained parameters of text encoder and fusion stay as they are" if count else ""
 
 
 def built(config: MPlugRun, source: str, tokenizer: Tokenizer) -> nn.Module:

@@ -84,6 +84,18 @@ class MPlugWork(Work):
     def score(self, split: str, texts: dict[int, str], folder: Path) -> dict[str, float]:
         """Scores of the texts by the number of their samples; writes the result file. On the first rank only."""
 
+    # What a kind of task may have otherwise.
+
+    def written(self, model: nn.Module | Lockstep, memory: Stream) -> list[str]:
+        """The text of every sample, from a model in evaluation mode, or what takes its place."""
+        found = generate(model, memory, self.settings)
+        return [self.task.tokenizer.decode(hypotheses[0].ids) for hypotheses in found]
+
+    @property
+    def decoder_calls(self) -> int:
+        """How often `written` calls the decoder for a batch of evaluation at most."""
+        return self.settings.max_length
+
     # What they have in common.
 
     @property
@@ -149,16 +161,15 @@ class MPlugWork(Work):
         device = self.ranks.device
         batch = type(batch)(*(None if part is None else part.to(device) for part in batch))
         with precision.autocast(device, self.dtype):
-            found = self.root.run(lambda: self._search(self.memory(self._image(batch.images), batch)))
-        return [self.task.tokenizer.decode(hypotheses[0].ids) for hypotheses in found]
+            return self.root.run(lambda: self._written(self.memory(self._image(batch.images), batch)))
 
-    def _search(self, memory: Stream) -> list:
+    def _written(self, memory: Stream) -> list[str]:
         if not self._together:
-            return generate(self.model, memory, self.settings)
+            return self.written(self.model, memory)
         model = Lockstep(self.model)
-        found = generate(model, memory, self.settings)
-        model.fill_up(self.settings.max_length)
-        return found
+        texts = self.written(model, memory)
+        model.fill_up(self.decoder_calls)
+        return texts
 
     @property
     def _together(self) -> bool:
