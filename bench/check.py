@@ -23,6 +23,7 @@ from bench.cost.compare import ALLOWED, Change, Comparison, Record
 from bench.cost.methods import OURS
 from bench.cpu import idle
 from bench.record import default_path
+from bench.serve import serve
 from bench.tables.errors import TableError
 
 SELECTION = ("vpt-deep-1", "vpt-deep-200", "lora-qkv-8", "prompt_attention")
@@ -108,6 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="measure what later runs are compared with")
     parser.add_argument("--against", type=Path, metavar="FILE", help="default bench/results/<device>/bench.json")
     given, options = parser.parse_known_args(arguments)
+    return serve(lambda: _serve(given, options))
+
+
+def _serve(given: argparse.Namespace, options: list[str]) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = given.against or default_path(device).with_name("bench.json")
     if not given.write and not path.exists():
@@ -116,16 +121,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if not torch.cuda.is_available() and (others := idle.load() or 0.0) > idle.ALLOWED:
         print(f"bench-check: other processes use {others:.2f} cores, so that ratios may be off", flush=True)
-    try:
-        if given.write:
-            run(SELECTION, _TURNS, _SECONDS, path, options)
-            print(f"bench-check: written to {path}")
-            return 0
-        before = compare.load(path)
-        return check(before, lambda rows, turns, seconds: run(rows, turns, seconds, None, options), print)
-    except TableError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if given.write:
+        run(SELECTION, _TURNS, _SECONDS, path, options)
+        print(f"bench-check: written to {path}")
+        return 0
+    before = compare.load(path)
+    return check(before, lambda rows, turns, seconds: run(rows, turns, seconds, None, options), print)
 
 
 if __name__ == "__main__":

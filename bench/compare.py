@@ -24,8 +24,10 @@ from rich.table import Table
 from bench.cases import token_rows
 from bench.memory import in_subprocess
 from bench.paths import PATHS, Setting
+from bench.serve import serve
 from bench.timing import Timing, environment, floor, interleave
 from fastpeft.config import Config
+from fastpeft.errors import FastPEFTError
 from fastpeft.trainer import checkpoint, launch, results, session
 from fastpeft.trainer.report import Reporter
 
@@ -37,7 +39,7 @@ _MEMORY_IS = "peak resident memory of two training steps less that of the proces
 _CUDA_MEMORY_IS = "peak memory allocated during two training steps less that of the loaded model and batch"
 
 
-class CompareError(Exception):
+class CompareError(FastPEFTError):
     """The folder does not hold a finished run; one line that says so."""
 
 
@@ -50,20 +52,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--measure-memory", choices=PATHS, help=argparse.SUPPRESS)
     parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    try:
-        out = arguments.out or _quickstart_folder()
-        run = _finished(out)
-        torch.set_num_threads(run["threads"])
-        if arguments.measure_memory:
-            config = _probe_config(run, out) if arguments.probe else Config.model_validate(run["config"])
-            setting = Setting.of(config, str(out))
-            print(json.dumps({"peak_bytes": setting.peak_memory(arguments.measure_memory)}))
-            return 0
-        compare(out, run, arguments.turns, arguments.budget)
-    except CompareError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return serve(lambda: _serve(arguments))
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    out = arguments.out or _quickstart_folder()
+    run = _finished(out)
+    torch.set_num_threads(run["threads"])
+    if arguments.measure_memory:
+        config = _probe_config(run, out) if arguments.probe else Config.model_validate(run["config"])
+        setting = Setting.of(config, str(out))
+        print(json.dumps({"peak_bytes": setting.peak_memory(arguments.measure_memory)}))
+        return
+    compare(out, run, arguments.turns, arguments.budget)
 
 
 def compare(out: Path, run: dict[str, Any], turns: int, budget: float) -> dict[str, Any]:

@@ -27,11 +27,12 @@ from pathlib import Path
 
 import torch
 
-from bench.device_parts import wheels
+from bench.device_parts import wheels, workers
 from bench.device_parts.rows import Results, Row, failed
 from bench.device_parts.settings import DTYPES, Settings
-from bench.device_parts.workers import Turns, Worker, serve
+from bench.device_parts.workers import Turns, Worker
 from bench.record import Record, default_path
+from bench.serve import GOES_ON, serve
 from fastpeft.ops.choose import chip_of
 
 PARTS = ("verify", "tune", "ops", "steps", "compiled", "mplug", "zero", "summary")
@@ -46,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a part; the exit status is 0 if every row that the file holds of it is right."""
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser().parse_args(argv)
+    return serve(lambda: _serve(arguments, argv), GOES_ON)
+
+
+def _serve(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     # Of a worker too: it finds the folder that is there already.
     wheels.add()
     settings = Settings(arguments)
@@ -55,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     part = importlib.import_module(f"bench.device_parts.{arguments.part}")
     rows: list[Row] = list(part.rows(settings))
     if arguments.worker:
-        serve(rows)
+        workers.serve(rows)
         return 0
 
     record = Record(arguments.out or default_path(settings.device), settings.device)

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from bench.serve import serve
+
 if TYPE_CHECKING:
     from fastpeft.kernels._compile import Compiled
     from fastpeft.kernels._launch import Launch
@@ -103,6 +105,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no operator {', '.join(unknown)}; there are {', '.join(operators())}")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set, and interpreted kernels are not compiled")
+    return serve(lambda: _serve(options))
+
+
+def _serve(options: argparse.Namespace) -> int:
     from fastpeft.kernels import _compile
 
     rows, wrong = [], []

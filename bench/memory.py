@@ -12,37 +12,26 @@ import ctypes
 import gc
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from fastpeft.trainer.memory import forget_peak, peak_resident, resident
+from fastpeft.trainer.saved import SavedBytes
 
 _ROOT = Path(__file__).resolve().parents[1]
 
 
 def saved_bytes(function: Callable[[], object], model: nn.Module) -> int:
     """Return the bytes that autograd keeps for backward while `function` runs a forward pass of `model`."""
-    own = {_storage(t) for t in (*model.parameters(), *model.buffers())}
-    seen: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        key = _storage(tensor)
-        if key not in own:
-            seen[key] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with SavedBytes((*model.parameters(), *model.buffers())) as saved:
         kept = function()  # the graph has to live until the count is done, or storages are freed and reused
     del kept
-    return sum(seen.values())
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return saved.total
 
 
 def cuda_peak(function: Callable[[], object], device: torch.device | str) -> int:
@@ -69,29 +58,15 @@ class ResidentPeak:
             trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
             if trim is not None:
                 trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # 5 resets the peak to what is resident now
-        self._before = _resident()
+            if not forget_peak():
+                raise OSError(
+                    "/proc/self/clear_refs cannot be written: the peak of this block cannot be told from others"
+                )
+        self._before = resident()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.bytes = _peak_resident() - self._before
-
-
-def _resident() -> int:
-    return _status("VmRSS") if sys.platform == "linux" else _peak_resident()
-
-
-def _peak_resident() -> int:
-    if sys.platform == "linux":
-        return _status("VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {key}: cannot measure the memory of this process")
+        self.bytes = peak_resident() - self._before
 
 
 def in_subprocess(module: str, *arguments: str) -> dict[str, object]:

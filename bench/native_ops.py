@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bench.record import Record, default_path
+from bench.serve import GOES_ON, serve
 from bench.timing import interleave
 from bench.tolerance import relative_error
 from fastpeft import _native
@@ -207,7 +209,7 @@ def table(record: Record) -> str:
     return "\n".join(lines).replace("1 threads", "1 thread")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
     """Measure what is missing, or print what is there."""
     parser = argparse.ArgumentParser(prog="python -m bench.native_ops", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="*", help="pattern of the rows' names, such as 'layer_norm*fp32*'")
@@ -215,7 +217,11 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=3.0, help="seconds a row")
     parser.add_argument("--markdown", action="store_true", help="print the table of the rows that are there")
     parser.add_argument("--out", type=Path, help="default: bench/results/<device>/native_ops.json")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
+    return serve(lambda: _serve(given), GOES_ON)
+
+
+def _serve(given: argparse.Namespace) -> None:
     record = Record(given.out or default_path("cpu").with_name("native_ops.json"), "cpu")
     if given.markdown:
         print(table(record))
@@ -233,4 +239,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

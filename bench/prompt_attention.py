@@ -8,6 +8,7 @@ Prints one line a shape and adds it to `bench/results/<device>/ops.json`. Errors
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.record import Record, default_path
+from bench.serve import serve
 from bench.timing import interleave
 from fastpeft.ops.prompt_attention import prompt_attention
 
@@ -66,14 +68,18 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, bu
     return row
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
     """Measure every shape and write the file."""
     parser = argparse.ArgumentParser(prog="python -m bench.prompt_attention", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
     parser.add_argument("--budget", type=float, default=3.0, help="seconds a shape")
     parser.add_argument("--out", type=Path, help="default: bench/results/<device>/ops.json")
-    arguments = parser.parse_args()
+    given = parser.parse_args(arguments)
+    return serve(lambda: _serve(given), "the file has the shapes that were measured")
+
+
+def _serve(arguments: argparse.Namespace) -> None:
     device = torch.device(arguments.device)
     record = Record(arguments.out or default_path(device).with_name("ops.json"), device)
     for name, shape in SHAPES.items():
@@ -84,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from bench.record import Record, default_path
+from bench.serve import GOES_ON, serve
 
 _ROOT = Path(__file__).resolve().parents[1]
 _KEPT = ("model", "trained_parameters", "trained_share", "seconds", "ms_per_image", "precision", "threads")
@@ -35,13 +36,17 @@ def train(seed: int, runs: Path) -> dict[str, object]:
     return row | {"method": config["method"], "train": config["train"], "versions": results["versions"]}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
     """Train every seed and write the file."""
     parser = argparse.ArgumentParser(prog="python -m bench.quickstart", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=_ROOT / "out" / "seeds", help="folder of the runs' folders")
     parser.add_argument("--out", type=Path, help="default: bench/results/<device>/quickstart.json")
-    arguments = parser.parse_args()
+    given = parser.parse_args(arguments)
+    return serve(lambda: _serve(given), GOES_ON)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record = Record(arguments.out or default_path(device).with_name("quickstart.json"), device)
     found = []
@@ -54,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

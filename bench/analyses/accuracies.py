@@ -1,4 +1,4 @@
-"""The accuracies in a result file, of one backbone under one protocol."""
+"""The accuracies in a result file, of one backbone under one protocol on one kind of training set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bench.tables.errors import unknown
 from bench.tables.results import KEY, Line, Results
 
 # Rows that differ in one of these are never compared.
-_SETUP = ("backbone", "image_size", "protocol")
+_SETUP = ("backbone", "image_size", "protocol", "setting")
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Accuracies:
 
     Attributes:
         path: the file that they are from.
-        setup: what they have in common, in words.
+        setup: what they have in common, in words; the training set where it is not the tasks' own.
         by_method: method -> task -> seed -> accuracy of the test images in percent.
     """
 
@@ -64,8 +64,9 @@ def read(path: Path, where: Iterable[str] = ()) -> Accuracies:
     if len(setups) > 1:
         found = "; ".join(_conditions(setup) for setup in setups)
         raise AnalysisError(f"{path}: runs of several set-ups; choose one with --where: {found}")
-    backbone, size, protocol = setups[0]
-    return Accuracies(path, f"{backbone} at {size} px, protocol {protocol}", _sorted(path, rows))
+    backbone, size, protocol, images = setups[0]
+    setup = f"{backbone} at {size} px, protocol {protocol}" + (f", {images}" if images else "")
+    return Accuracies(path, setup, _sorted(path, rows))
 
 
 def _sorted(path: Path, rows: list[Line]) -> dict[str, dict[str, dict[int, float]]]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from bench.tables import statistics
+
 
 def rank_biserial(first: Sequence[float], second: Sequence[float]) -> float:
     """Of pairs, Wilcoxon's effect size: (ranks in favour - ranks against) / all ranks, from -1 to 1.
@@ -27,31 +29,32 @@ def hedges_g(first: Sequence[float], second: Sequence[float]) -> float:
     """The difference of two means in deviations, corrected for small samples (Hedges 1981).
 
     The deviation is the root of the two variances' mean, so that unequal ones count alike. The correction is exact for
-    equal variances. nan for fewer than two values; infinite if neither sample varies.
+    equal variances. nan for fewer than two values and for samples without variance: nothing to measure in.
     """
     from scipy import special
 
-    if min(len(first), len(second)) < 2:
+    if min(len(first), len(second)) < 2 or statistics.constant(first, second):
         return math.nan
-    gap = np.mean(first) - np.mean(second)
-    deviation = math.sqrt((np.var(first, ddof=1) + np.var(second, ddof=1)) / 2)
-    if deviation == 0:
-        return math.copysign(math.inf, gap) if gap else 0.0
+    deviation = math.sqrt((_variance(first) + _variance(second)) / 2)
     free = len(first) + len(second) - 2
     correction = math.exp(special.gammaln(free / 2) - special.gammaln((free - 1) / 2)) * math.sqrt(2 / free)
-    return float(gap / deviation * correction)
+    return float((np.mean(first) - np.mean(second)) / deviation * correction)
+
+
+def _variance(sample: Sequence[float]) -> float:
+    # Counted from one of them: of values that agree it is 0, and not the rounding of their mean.
+    return float(np.var(np.subtract(sample, sample[0]), ddof=1))
 
 
 def interval(first: Sequence[float], second: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Of the difference of two means, by Welch's degrees of freedom; nan for fewer than two values."""
-    from scipy import stats
+    """Of the difference of two means, by Welch's degrees of freedom.
 
-    if min(len(first), len(second)) < 2:
+    nan for fewer than two values and for samples without variance, of which the formula would have an interval of no
+    width: certainty from seeds that say nothing of chance.
+    """
+    if min(len(first), len(second)) < 2 or statistics.constant(first, second):
         return math.nan, math.nan
-    if len(set(first)) == len(set(second)) == 1:
-        gap = first[0] - second[0]
-        return gap, gap
-    found = stats.ttest_ind(first, second, equal_var=False).confidence_interval(level)
+    found = statistics.t_test(first, second).confidence_interval(level)
     return float(found.low), float(found.high)
 
 

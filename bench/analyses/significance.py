@@ -61,8 +61,8 @@ class OnTask:
         task: its name.
         seeds: of the method and of the rival.
         difference: of the means, in points.
-        interval: of the difference, 95 %.
-        effect: Hedges' g.
+        interval: of the difference, 95 %; nan where there is no p.
+        effect: Hedges' g; nan where there is no p.
         p: one-tailed, or None for fewer than two seeds or two samples that do not vary.
         holm: p adjusted for all rivals and tasks, or None.
     """
@@ -145,9 +145,7 @@ def on_tasks(ours: Seeds, rivals: Mapping[str, Seeds]) -> list[OnTask]:
     for name, theirs in rivals.items():
         for task in (task for task in ours if task in theirs):
             first, second = list(ours[task].values()), list(theirs[task].values())
-            # Seeds that all agree say nothing of chance: of two such samples every difference would count as certain.
-            varies = len(set(first)) > 1 or len(set(second)) > 1
-            test = statistics.welch(first, second) if varies else None
+            test = statistics.welch(first, second)
             found.append(
                 OnTask(
                     name,
@@ -207,6 +205,8 @@ def _welch_table(method: str, found: Sequence[OnTask]) -> Layout:
         f"Below {_LEVEL}: {raw} of {len(tested)} tests, {kept} after Holm's correction for all of them.",
         "Seeds are the sample: what is tested is the training's chance on this data, not other data.",
     ]
+    if any(one.p is None and min(one.seeds) > 1 for one in found):
+        table.notes.append(f"{statistics.CONSTANT} So it is with the interval and the effect.")
     return table
 
 

@@ -45,7 +45,7 @@ def read(path: Path | None) -> Accuracies:
     """Accuracies of a result file, or of the committed one if None.
 
     Of results of several backbones or protocols the kind with the most runs counts, and only tasks that all of its
-    methods have: means over different tasks are not comparable.
+    methods have: means over different tasks are not comparable. Runs on training sets of other sizes are left out.
 
     Raises:
         TableError: there is no such file, or it holds no final run.
@@ -63,7 +63,8 @@ def read(path: Path | None) -> Accuracies:
 
 
 def _read(path: Path) -> Accuracies:
-    rows = [row for row in Results(path).rows() if row["stage"] == "final"]
+    # A setting is a training set that is not the task's own.
+    rows = [row for row in Results(path).rows() if row["stage"] == "final" and not row["setting"]]
     if not rows:
         return Accuracies()
     kinds = Counter(tuple(row[name] for name in _KIND) for row in rows)

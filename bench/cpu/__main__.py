@@ -22,11 +22,17 @@ from bench.cpu.rows import Settings, rows
 from bench.cpu.shapes import Models
 from bench.device_parts.rows import outcome
 from bench.record import Record, default_path
+from bench.serve import GOES_ON, serve
+from bench.tables.errors import TableError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what is missing and print the tables; 1 if a row failed or is missing."""
     given = _parser().parse_args(argv)
+    return serve(lambda: _serve(given), GOES_ON)
+
+
+def _serve(given: argparse.Namespace) -> int:
     if given.write_docs or given.markdown:
         part = tables.rendered(tables.committed())
         if given.markdown:
@@ -35,12 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             tables.DOCUMENT.write_text(tables.rewritten(tables.DOCUMENT.read_text(), part))
         return 0
     if given.tiny and given.out is None:
-        print("error: --tiny says nothing about this machine; give --out", file=sys.stderr)
-        return 2
+        raise TableError("--tiny says nothing about this machine; give --out")
     record = Record(given.out or default_path("cpu").with_name("cpu.json"), "cpu")
     if any(row.get("tiny", False) != given.tiny for part in record.parts.values() for row in part.values()):
-        print(f"error: {record.path} holds rows in little, or this run is one; give another --out", file=sys.stderr)
-        return 2
+        raise TableError(f"{record.path} holds rows in little, or this run is one; give another --out")
     failed = 0 if given.table else _measure(given, record)
     if given.breakdown:
         print(breakdown_table(record.rows("breakdown")))

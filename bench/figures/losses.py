@@ -14,7 +14,7 @@ from bench.tables.results import Line
 
 @styled
 def by_epoch(curves: Sequence[Line], methods: Sequence[str] = ()) -> Figure | None:
-    """A panel a task: the mean over the seeds, training's drawn through and the test's dashed.
+    """A panel a task: the mean over the runs, training's drawn through and the test's dashed.
 
     Args:
         curves: of one study, as `bench.tables.curves.read` gives them.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 from matplotlib import colormaps
@@ -66,10 +65,7 @@ def matrix(rows: Sequence[Line]) -> Figure | None:
 
 def _welch(ours: Table, rival: Table) -> list[statistics.Test]:
     """Of the tasks that both have with two seeds or more."""
-    with warnings.catch_warnings():
-        # Seeds that agree to the last digit: SciPy says so for each pair.
-        warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)
-        tests = [statistics.welch(values, rival.get(task, [])) for task, values in ours.items()]
+    tests = [statistics.welch(values, rival.get(task, [])) for task, values in ours.items()]
     return [test for test in tests if test is not None]
 
 

@@ -16,8 +16,9 @@ from bench.tables.tasks import TASKS
 
 # Columns that result files may have besides `bench.tables.results.FIELDS`.
 SAMPLES, SAVED = "train_size", "saved_mb"
-# Of train800: what the papers' data scales call a task of VTAB-1k as it is.
-_USUAL = 800
+# Images of a task of VTAB-1k as it is: those of the search, by which the papers' tables of data scales call it, and
+# those of the final runs.
+_SEARCHED, _TRAINED = 800, 1000
 
 
 @dataclass(frozen=True)
@@ -45,19 +46,31 @@ class Study:
     def slug(self) -> str:
         """For names of files."""
         name = self.backbone.rpartition("/")[2] if "@" not in self.backbone else _short(self.backbone)
-        return re.sub(r"[^A-Za-z0-9]+", "-", f"{name}-{self.image_size}-{self.protocol}").strip("-").lower()
+        return slug(f"{name}-{self.image_size}-{self.protocol}")
 
-    @property
+    @functools.cached_property
+    def settings(self) -> list[str]:
+        """Training sets by name, as the column has them: the main one, then the others as they come."""
+        counts = Counter(row["setting"] for row in self.rows)
+        # The tasks as they are, if there is a run on them; of equals the first.
+        main = "" if "" in counts else max(counts, key=counts.__getitem__, default="")
+        return [main, *(name for name in counts if name != main)]
+
+    @functools.cached_property
     def main(self) -> list[Line]:
-        """Rows at the usual number of training images: a task drawn smaller or larger is no further task."""
+        """Rows of the main training set."""
+        return self.of(self.settings[0])
+
+    def of(self, setting: str) -> list[Line]:
+        """Rows of a training set: a task that is drawn smaller or larger from another one is no further task."""
         tasks = {row["task"] for row in self.rows}
-        rows = [row for row in self.rows if not (_drawn(row["task"]) and base_task(row) in tasks)]
-        # Where a column says how many: the number that most final runs have, of equals the larger.
-        counts = Counter(row.get(SAMPLES, "") for row in finals(rows))
-        if len(counts) < 2:
-            return rows
-        chosen = max(counts, key=lambda size: (counts[size], float(size or 0)))
-        return [row for row in rows if row.get(SAMPLES, "") == chosen]
+        rows = [row for row in self.rows if row["setting"] == setting]
+        return [row for row in rows if not (_drawn(row["task"]) and base_task(row) in tasks)]
+
+
+def slug(text: str) -> str:
+    """What a file may be called."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()
 
 
 def _short(backbone: str) -> str:
@@ -79,20 +92,39 @@ def base_task(row: Line) -> str:
     return found[1] if found else row["task"]
 
 
-def size_of(row: Line) -> int | None:
-    """Training images that the setting was searched with: a column's number, else the end of the task's name, else 800
-    for a task of VTAB-1k; None for a task of which nothing says it."""
-    if row.get(SAMPLES):
-        return int(float(row[SAMPLES]))
-    return _size_in(row["task"])
+def by_draws(rows: Iterable[Line]) -> set[str]:
+    """Tasks of which others are draws: where a name says how many images, it counts those of the final runs."""
+    return {base_task(row) for row in rows if _drawn(row["task"])}
+
+
+def sizes_of(rows: Sequence[Line]) -> dict[tuple[str, str], int]:
+    """Training images by task and training set, of those of which something says it.
+
+    They are counted as the tables count them: those of the search, without the validation images that the final runs
+    train on too; of a task with draws, and of its draws, those of the final runs.
+
+    Args:
+        rows: of one study, of all stages.
+    """
+    drawn, found = by_draws(rows), {}
+    for row in rows:
+        own = row["task"], row["setting"]
+        stage = "final" if base_task(row) in drawn else "search"
+        named = _size_in(*own)
+        if named is not None:
+            found[own] = named
+        elif row["stage"] == stage and row[SAMPLES]:
+            found.setdefault(own, int(row[SAMPLES]))
+    for row in rows:
+        if row["setting"] == "" and group_of(row["task"]) in VTAB:
+            found.setdefault((row["task"], ""), _TRAINED if row["task"] in drawn else _SEARCHED)
+    return found
 
 
 @functools.cache
-def _size_in(task: str) -> int | None:
-    found = _drawn(task)
-    if found:
-        return int(found[2])
-    return _USUAL if group_of(task) in VTAB else None
+def _size_in(task: str, setting: str) -> int | None:
+    found = _drawn(task) if setting == "" else re.fullmatch(r"(n_train)=(\d+)", setting)
+    return int(found[2]) if found else None
 
 
 @functools.cache

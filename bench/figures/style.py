@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import ParamSpec
 
@@ -31,6 +33,10 @@ _MARKERS = "sv^<>PXDoh"
 _PLACES = (
     "full", "linear", "partial-1", "mlp-3", "sidetune", "bias", "adapter", "vpt-shallow", "vpt-deep", "lora",
 )  # fmt: skip
+# Above every figure that is drawn; "" for none.
+_TITLE: ContextVar[str] = ContextVar("title", default="")
+# Inches of a title's line, and of a character at the most.
+_LINE, _CHARACTER = 0.17, 0.075
 COLUMNS = 3
 PANEL = (3.5, 2.6)
 
@@ -80,6 +86,16 @@ def settings() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def titled(text: str) -> Iterator[None]:
+    """Figures that are drawn meanwhile have this text above them: what their numbers are of, by which protocol."""
+    token = _TITLE.set(text)
+    try:
+        yield
+    finally:
+        _TITLE.reset(token)
+
+
 def styled(draw: Callable[Parameters, Figure | None]) -> Callable[Parameters, Figure | None]:
     """A figure's function, run with these settings; its layout is settled once, for every format."""
 
@@ -88,11 +104,21 @@ def styled(draw: Callable[Parameters, Figure | None]) -> Callable[Parameters, Fi
         with settings():
             figure = draw(*args, **kwargs)
             if figure is not None:
+                _entitle(figure, _TITLE.get())
                 figure.get_layout_engine().execute(figure)
                 figure.set_layout_engine("none")
             return figure
 
     return wrapped
+
+
+def _entitle(figure: Figure, text: str) -> None:
+    """A title that is as wide as the figure at the most, with room of its own."""
+    width, height = figure.get_size_inches()
+    lines = textwrap.wrap(text, max(1, int(width / _CHARACTER)), break_on_hyphens=False)
+    if lines:
+        figure.set_size_inches(width, height + _LINE * len(lines))
+        figure.suptitle("\n".join(lines), fontsize=8.5)
 
 
 def look(method: str, methods: Iterable[str]) -> dict[str, str]:

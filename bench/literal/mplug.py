@@ -7,12 +7,15 @@ serial           LN(x + A(f(x)))                                 behind attentio
 parallel         LN(x + A(x) + f(x))                             beside attention and FFN
 
 Attention is two products with a softmax between them, as BERT's original code computes it; masks are large negative
-numbers that are added to the scores.
+numbers that are added to the scores. In the image tower a method is what it is in any vision transformer
+(`bench.literal.vit`).
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.literal.adapters import Bottleneck
+from bench.literal.build import apply
 from bench.literal.masters import master_copy_of
 from fastpeft.models.mplug import MPlug, Stream
 from fastpeft.models.mplug.layers import Attention, BertLayer
@@ -37,9 +41,12 @@ def apply_to_mplug(model: MPlug, method: Any) -> MPlug:
     parts = () if method is None else method.parts()
     for part in parts:
         stacks = part.stacks or tuple(_STACKS)
-        for stack, layer in _layers(model, stacks):
+        for stack, layer in _layers(model, tuple(stack for stack in stacks if stack != "image")):
             first = layer is _layers(model, (stack,))[0][1]
             _ADD[part.name](layer, part, first and stack != "fusion")
+    of_images = [part for part in parts if part.stacks is not None and "image" in part.stacks]
+    if of_images:
+        apply(model.visual_encoder, functools.reduce(operator.add, of_images), train_head=False)
     return model
 
 

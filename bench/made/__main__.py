@@ -37,8 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     found = makers()
     if not arguments or arguments[0].startswith("-"):
-        _list(found)
-        return 0 if arguments else 2
+        return serve(lambda: _list(found)) or (0 if arguments else 2)
     return serve(lambda: _make(found, *arguments), GOES_ON)
 
 

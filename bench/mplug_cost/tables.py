@@ -106,7 +106,7 @@ def _goals() -> Iterator[Goal]:
     for method in COMPOSED:
         yield Goal(f"{method}: speed over literal", 1.4, 2.0, True, "{}x", *_worst((method,), _speed, True))
     yield Goal("prompt: speed over literal", 1.0, None, True, "{}x", *_worst(("prompt",), _speed, True))
-    for method in COMPOSED:
+    for method in (*COMPOSED, "prompt"):
         saved = _worst((method,), saved_share, False)
         yield Goal(f"{method}: saved bytes over literal's", 0.6, None, False, "{}x", *saved)
 

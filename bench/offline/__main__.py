@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+from bench.figures import catalogue
 from bench.offline import data, plan, tables
 from bench.offline.run import ShortJob
 from bench.serve import GOES_ON, serve
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m bench.offline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of the given task folders")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="results.csv and tables")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="results.csv, tables and figures")
     parser.add_argument(
         "--work", type=Path, default=Path("out/offline"), metavar="DIR", help="made images, checkpoints [out/offline]"
     )
@@ -74,6 +75,8 @@ def _serve(options: argparse.Namespace) -> None:
             say.say(f"{options.minutes:g} minutes are over; the same command goes on from here")
     tables.write(results, options.out)
     say.say(f"tables    {options.out}; results {results.path}")
+    if catalogue.write(options.out):
+        say.say(f"figures   {options.out / catalogue.FOLDER}; all on one page: python -m bench.report {options.out}")
 
 
 def _run(

@@ -4,6 +4,7 @@
 
     table NAME                      a table of `bench.offline.tables`
     mean TASK METHOD                test accuracy in percent, the mean over the seeds
+    seeds TASK METHOD               the same of every seed
     gap TASK METHOD OTHER           the first's mean less the other's, in points
     trained TASK METHOD             trained parameters
     runs                            rows of the results
@@ -20,6 +21,7 @@ import sys
 from pathlib import Path
 
 from bench.offline import plan, tables
+from bench.serve import serve
 from bench.tables import cells
 from bench.tables.errors import TableError, unknown
 from bench.tables.measured import Measured, collect
@@ -81,6 +83,10 @@ class _Numbers:
         one = self.measured(task, method)
         return _NOTHING if one is None else f"{one.mean:.1f}"
 
+    def seeds(self, task: str, method: str) -> str:
+        one = self.measured(task, method)
+        return _NOTHING if one is None else ", ".join(f"{accuracy:.1f}" for accuracy in one.accuracies)
+
     def gap(self, task: str, method: str, other: str) -> str:
         pair = self.measured(task, method), self.measured(task, other)
         return _NOTHING if None in pair else f"{pair[0].mean - pair[1].mean:+.1f}".replace("-", "\N{MINUS SIGN}")
@@ -103,25 +109,28 @@ class _Numbers:
 
 
 _KINDS = {
-    "table": _Numbers.table, "mean": _Numbers.mean, "gap": _Numbers.gap, "trained": _Numbers.trained,
-    "runs": _Numbers.runs, "minutes": _Numbers.minutes, "paper": _Numbers.paper,
+    "table": _Numbers.table, "mean": _Numbers.mean, "seeds": _Numbers.seeds, "gap": _Numbers.gap,
+    "trained": _Numbers.trained, "runs": _Numbers.runs, "minutes": _Numbers.minutes, "paper": _Numbers.paper,
 }  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Fill a page; 0, or 2 for one that cannot be filled."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    return serve(lambda: _serve(*arguments))
+
+
+def _serve(*arguments: str) -> int:
     if len(arguments) != 2 or arguments[0].startswith("-"):
         print(__doc__)
-        return 0 if arguments in (["-h"], ["--help"]) else 2
+        return 0 if arguments in (("-h",), ("--help",)) else 2
     page, folder = map(Path, arguments)
     try:
         page.write_text(
             fill(page.read_text(encoding="utf-8"), Results(folder / "results.csv").rows()), encoding="utf-8"
         )
     except (FastPEFTError, OSError) as error:
-        print(f"error: {page}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        raise TableError(f"{page}: {error}") from error
     return 0
 
 

@@ -67,7 +67,7 @@ def scales(found: Table) -> Layout:
         table.rows.append((name, entries))
     table.notes.append(
         "Rates as chosen on CIFAR-100's 800 and 200 images. All are tested on the same images, and all run the same "
-        "epochs: more images are more steps."
+        "epochs: more images are more steps. 5,000 images: one seed."
     )
     return table
 
@@ -103,16 +103,20 @@ def welch(found: Table) -> Layout:
     """VPT-Deep against its rivals, task by task."""
     parts = plan.MAIN
     table = _layout("VPT-Deep against its rivals, Welch's t, one-tailed", ("rival", *(part.title for part in parts)))
+    pairs = []
     for name in plan.ROWS:
         if name == "vpt-deep":
             continue
         entries = []
         for part in parts:
             pair = [found.get(who, {}).get(part.task, Measured()).accuracies for who in ("vpt-deep", name)]
+            pairs.append(pair)
             test = statistics.welch(*pair)
             entries.append(Entry() if test is None else Entry(f"{test.p:.2g}"))
         table.rows.append((name, entries))
     table.notes.append("p of VPT-Deep being no better; seeds against seeds, unequal variances.")
+    if any(statistics.constant(*pair) for pair in pairs):
+        table.notes.append(statistics.CONSTANT)
     return table
 
 

@@ -78,6 +78,7 @@ def build(folder: Path, title: str) -> str:
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
+    environment.filters["marks"] = summary.papers_marks
     environment.filters["leading"] = documents.leading
     environment.tests["table"] = lambda part: isinstance(part, documents.TablePart)
     page = environment.get_template("page.html").render(

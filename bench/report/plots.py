@@ -12,7 +12,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from bench.figures import catalogue, cost, losses, parameters, samples, sensitivity, significance, tasks
-from bench.figures.studies import Study, base_task, groups_of, methods_of, searched, tasks_of
+from bench.figures.studies import Study, base_task, groups_of, methods_of, searched, slug, tasks_of
 from bench.report import pictures
 from bench.tables.results import Line
 
@@ -56,13 +56,17 @@ def of_study(study: Study, anchor: str, lines: Sequence[Line]) -> dict[str, list
         "samples": show.all(
             dict.fromkeys(map(base_task, study.rows)), plain(samples.against_samples), _by_base(study.rows), "samples"
         ),
-        "losses": show.all(tasks_of(rows), plain(losses.by_epoch), each(catalogue.curves_of(study, lines)), "losses"),
         "significance": show.one(significance.matrix(rows), "significance"),
         "cost": show.one(cost.costs(rows), "cost"),
     }
     panels = {name: [Panel("", figures)] for name, figures in found.items() if figures}
-    search = _search(show, rows, plain)
-    return panels | ({"search": search} if search else {})
+    panels["losses"] = [
+        Panel("" if setting == study.settings[0] else setting, figures)
+        for setting, own in catalogue.curves_of(study, lines).items()
+        if (figures := show.all(tasks_of(own), plain(losses.by_epoch), each(own), slug(f"losses {setting}")))
+    ]
+    panels["search"] = _search(show, rows, plain)
+    return {name: own for name, own in panels.items() if own}
 
 
 def _search(show: _Shower, rows: Sequence[Line], plain: Callable[[Callable], Draw]) -> list[Panel]:
@@ -104,7 +108,8 @@ class _Shower:
         """The figure as an element; none if there is none."""
         if figure is None:
             return []
-        label = _LABELS.get(name, name.replace("-", ": ", 1))
+        known = _LABELS.get(name.partition("-")[0])
+        label = name.replace("-", ": ", 1) if known is None else known
         prefix = "-".join(filter(None, (self.anchor, name, part)))
         return [pictures.inline(figure, prefix, f"{label}: {part}" if part else label)]
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
 from bench.figures.studies import (
+    SAMPLES,
     SAVED,
     Study,
     accuracies,
@@ -19,7 +20,7 @@ from bench.figures.studies import (
     methods_of,
     numbers,
     searched,
-    size_of,
+    sizes_of,
     spread,
     tasks_of,
 )  # fmt: skip
@@ -42,7 +43,8 @@ def facts(study: Study) -> dict[str, str]:
     others = len(tasks) - len(known)
     seeds = sorted({int(row["seed"]) for row in own})
     dates = sorted({row["date"] for row in rows})
-    sizes = sorted({size for row in own if (size := size_of(row)) is not None})
+    tested = {(row["task"], row["setting"]) for row in own}
+    sizes = sorted({size for place, size in sizes_of(rows).items() if place in tested})
     seconds = sum(numbers(rows, "seconds"))
     found = {
         "backbone": study.backbone,
@@ -163,7 +165,7 @@ class Failure:
     """Runs of a method whose loss was not finite at the end.
 
     Attributes:
-        stage: "search" or "final".
+        stage: "search", "final", or another that the results have.
         count: of them.
         runs: of the method in this stage.
         where: learning rates, or tasks with seeds.
@@ -177,9 +179,9 @@ class Failure:
 
 
 def failures(study: Study) -> list[Failure]:
-    """Runs that diverged, by method and stage."""
+    """Runs that diverged, by stage and method, whatever stages there are."""
     found = []
-    for stage in ("search", "final"):
+    for stage in dict.fromkeys(("search", "final", *(row["stage"] for row in study.rows))):
         for method in methods_of(study.rows):
             own = [row for row in study.rows if (row["method"], row["stage"]) == (method, stage)]
             lost = [row for row in own if diverged(row)]
@@ -189,9 +191,20 @@ def failures(study: Study) -> list[Failure]:
                 rates = Counter(point_of(row["point"]).get("base_lr", 0.0) for row in lost)
                 where = ", ".join(f"{rate:g} ({rates[rate]})" for rate in sorted(rates, reverse=True))
             else:
-                where = ", ".join(f"{row['task']} seed {row['seed']}" for row in lost)
+                where = ", ".join(f"{_place(row)} {_who(row)}" for row in lost)
             found.append(Failure(method, stage, len(lost), len(own), where))
     return found
+
+
+def _who(row: Line) -> str:
+    """The run's seed; of an ensemble, which has several, how many runs it asks."""
+    members = point_of(row["point"]).get("members")
+    return f"seed {row['seed']}" if members is None else f"{members:.0f} members"
+
+
+def _place(row: Line) -> str:
+    """A task, with its training set if that is not the task's own."""
+    return f"{row['task']} {row['setting']}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -199,6 +212,8 @@ class Outcome:
     """A method on a task.
 
     Attributes:
+        images: the training set by name, "" for the task's own.
+        size: training images of the final runs, "" where nothing says it.
         setting: that the search chose.
         validation: its accuracy there in percent, or None.
         mean: test accuracy in percent.
@@ -210,6 +225,8 @@ class Outcome:
 
     task: str
     method: str
+    images: str
+    size: str
     setting: str
     validation: float | None
     mean: float
@@ -220,27 +237,31 @@ class Outcome:
 
 
 def outcomes(study: Study) -> list[Outcome]:
-    """Every method on every task that was tested, also at other numbers of training images."""
+    """Every method on every task that was tested, also with other training sets."""
     found = []
-    places: dict[tuple[str, str, int | None], list[Line]] = {}
+    places: dict[tuple[str, str, str], list[Line]] = {}
     for row in finals(study.rows):
-        places.setdefault((row["task"], row["method"], size_of(row)), []).append(row)
-    validated = {(row["task"], row["method"], size_of(row), row["point"]): row for row in searched(study.rows)}
-    order = tasks_of(study.rows), methods_of(study.rows)
-    for task, method, size in sorted(
-        places, key=lambda key: (order[0].index(key[0]), order[1].index(key[1]), key[2] or 0)
-    ):
-        own = places[task, method, size]
+        places.setdefault((row["task"], row["method"], row["setting"]), []).append(row)
+    validated = {(row["task"], row["method"], row["setting"], row["point"]): row for row in searched(study.rows)}
+    order, sizes = (tasks_of(study.rows), methods_of(study.rows), study.settings), sizes_of(study.rows)
+
+    def place(key: tuple[str, str, str]) -> tuple[int, ...]:
+        task, method, images = key
+        return order[0].index(task), order[1].index(method), sizes.get((task, images), 0), order[2].index(images)
+
+    for task, method, images in sorted(places, key=place):
+        own = places[task, method, images]
         values = accuracies(own, method, task)
         point = own[0]["point"]
-        search = validated.get((task, method, size, point))
+        search = validated.get((task, method, images, point))
         score = None if search is None else 100 * float(search["accuracy"])
         printed = cells.cell("vpt_table13", method=method, task=task, metric="accuracy")
-        plain = base_task(own[0]) == task
+        plain = images == "" and base_task(own[0]) == task
+        size = next((f"{int(row[SAMPLES]):,}" for row in own if row[SAMPLES]), "")
         trained = numbers(own, "trained_parameters")
         found.append(
             Outcome(
-                task, method, point.replace(";", ", "), score, fmean(values), spread(values),
+                task, method, images, size, point.replace(";", ", "), score, fmean(values), spread(values),
                 len(values), str(printed) if printed and plain else "", int(trained[0]) if trained else None,
             )
         )  # fmt: skip
@@ -269,6 +290,13 @@ class Cost:
     memory: str
     saved: str
     paper: str
+
+
+def papers_marks(texts: Iterable[str]) -> str:
+    """What stands behind some of the papers' numbers, explained in a sentence; "" where none has a mark."""
+    texts = list(texts)
+    said = [f"{mark} {why}" for mark, why in cells.MEANING.items() if any(mark in text for text in texts)]
+    return f"Behind a number of the paper's: {', '.join(said)}." if said else ""
 
 
 def costs(study: Study) -> list[Cost]:

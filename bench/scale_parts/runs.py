@@ -13,19 +13,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.scale_parts.data import make_captions, make_folder
+from fastpeft.models.mplug import MPlug, MPlugConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
 BATCH = 4
 # Of a step's loss, |a - b| / |b|: sums of twenty steps in fp32, rounded in another order.
 BOUND = 1e-4
+# How far a loss has to move, ten times as far: where nothing is learnt, wrong gradients show in nothing.
+LEAST_LEARNT = 1e-3
 
 METHODS = {
     "vpt": {"name": "vpt", "length": 10, "dropout": 0.0},
     "lora": {"name": "lora", "rank": 8, "targets": ["q", "k"]},
     "prefix": {"name": "prefix", "length": 8, "form": "hidden"},
 }
+# Of mPLUG, base and tiny. Through random weights the gradients of prefixes are small.
+_RATES = {"lora": (0.5, 0.5), "prefix": (10.0, 0.5)}
 _TINY = {
     "patch_size": 16,
     "image_width": 48,
@@ -70,16 +77,20 @@ def config(kind: str, method: str, folder: Path, out: Path, *, tiny: bool, **tra
             },
             "out": str(out),
         }
-    captions = str(make_captions(folder / "captions", 2 * BATCH))
+    # Four again: every step sees all of them, so that its loss is another only by what was learnt.
+    captions = str(make_captions(folder / "captions", BATCH))
     sizes = {"dropout": 0.0, "attention_dropout": 0.0, **(_TINY if tiny else {})}
+    model = {"name": "mplug" if tiny else "mplug_base", "image_size": 64, "sizes": sizes}
+    if tiny:
+        model["checkpoint"] = str(_start(folder / "tiny.safetensors", sizes))
     return {
-        "model": {"name": "mplug" if tiny else "mplug_base", "image_size": 64, "sizes": sizes},
+        "model": model,
         "data": {"name": "coco_caption", "root": str(folder / "captions"), "train": captions, "test": captions},
         "method": METHODS[method],
         "train": {
             **common,
             "steps": STEPS,
-            "base_lr": 0.05,
+            "base_lr": _RATES[method][tiny],
             "eval_every": 1,
             "checkpoint_every": "5 steps",
             **train,
@@ -90,11 +101,31 @@ def config(kind: str, method: str, folder: Path, out: Path, *, tiny: bool, **tra
     }
 
 
-def run(tree: Mapping[str, Any], ranks: int, *, seconds: float = 1800.0) -> dict[str, Any]:
+def _start(path: Path, sizes: Mapping[str, Any]) -> Path:
+    """Weights of a tiny mPLUG so large that its methods have gradients; random ones as usual vanish at such widths."""
+    if not path.exists():
+        torch.manual_seed(0)
+        model = MPlug.from_config(MPlugConfig(image_size=64, **sizes))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if not name.startswith("visual_encoder"):
+                    parameter.add_(0.15 * torch.randn_like(parameter))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        model.save(path)
+    return path
+
+
+def run(tree: Mapping[str, Any], ranks: int, *, seconds: float = 1800.0, saying: str = "") -> dict[str, Any]:
     """Run the command to its end and return its results.
 
+    Args:
+        tree: A configuration, as from `config`.
+        ranks: How many processes.
+        seconds: After which it is given up.
+        saying: What it has to say on the way.
+
     Raises:
-        RuntimeError: It failed; the message is the end of what it said.
+        RuntimeError: It failed, and the message is the end of what it said; or it did not say what it should.
     """
     out = Path(tree["out"])
     path = out.with_suffix(".yaml")
@@ -106,6 +137,8 @@ def run(tree: Mapping[str, Any], ranks: int, *, seconds: float = 1800.0) -> dict
     )
     if done.returncode:
         raise RuntimeError(f"{path.stem}: {(done.stderr or done.stdout).strip()[-1500:]}")
+    if saying not in done.stdout:
+        raise RuntimeError(f"{path.stem}: did not say {saying!r}: {done.stdout.strip()[-1500:]}")
     return json.loads((out / "results.json").read_text())
 
 
@@ -142,3 +175,10 @@ def largest_difference(first: list[float], second: list[float]) -> float:
     if len(first) != len(second) or not all(map(math.isfinite, [*first, *second])):
         return math.inf
     return max(abs(a - b) / abs(b) for a, b in zip(first, second, strict=True))
+
+
+def learnt(losses: list[float]) -> float:
+    """The largest relative change of a step's loss since the first; all of a run's steps see the same samples."""
+    if not losses or not all(map(math.isfinite, losses)):
+        return 0.0
+    return max(abs(loss - losses[0]) / losses[0] for loss in losses)

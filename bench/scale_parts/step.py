@@ -1,7 +1,8 @@
 """A rank of a step at ZeRO stage 3, whose peak memory is taken: `bench.scale` starts it through DeepSpeed's launcher.
 
-The literal form is the same method in plain PyTorch, given to DeepSpeed as it is: what an unpatched model costs. Both
-have the same random weights in bf16, and what is measured is the step alone: the peak is reset before it.
+The plain form is the same method on the model as it is, which DeepSpeed gathers layer by layer: LoRA by Hugging Face's
+peft on mPLUG, and the textbook methods on timm's ViT. Attention is torch's fused one in both. Both forms have the same
+random weights in bf16 and the same options of stage 3. What is measured is the step: the peak is reset before it.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from torch import nn
 
 import fastpeft
 from bench.literal.build import apply
-from bench.literal.mplug import apply_to_mplug
 from fastpeft._compat import import_timm
 from fastpeft.models.mplug import MPlug, MPlugConfig
 from fastpeft.trainer import launch, precision
+from fastpeft.trainer.memory import forget_peak
 from fastpeft.trainer.mplug.root import Root, readers_of
 from fastpeft.trainer.partitioned import PartitionedStepper
 from fastpeft.trainer.stepper import Stepper, state_keys
@@ -35,13 +36,21 @@ _STEPS = 3
 
 
 class Plain(Stepper):
-    """Stage 3 with the library's options and nothing told about the model's blocks."""
+    """Stage 3 with our options and nothing told about the model's blocks."""
 
     def __init__(self, model: nn.Module, named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         self.named, self.optimizer, self.zero = named, optimizer, 3
         self._keys = state_keys(optimizer)
         trained = sum(parameter.numel() for parameter in named.values())
-        options = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": trained}
+        largest = max(sum(weight.numel() for weight in unit.parameters()) for unit in _units(model))
+        options = {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_max_live_parameters": 2 * largest,
+            "stage3_prefetch_bucket_size": largest,
+            "reduce_bucket_size": trained,
+        }
         self._start(model, 1, options)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -50,12 +59,19 @@ class Plain(Stepper):
         super().backward(loss)
 
 
+def _units(model: nn.Module) -> list[nn.Module]:
+    """What is gathered at once in the patched form: blocks, and an embedding with its output layer."""
+    lists = [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict, nn.Sequential))]
+    blocks = [unit for found in lists for unit in found.children()]
+    return [*blocks, *(m for m in model.modules() if isinstance(m, nn.Embedding))]
+
+
 def main() -> None:
     """Take the steps and write `<out>.<rank>.json`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=MODELS, required=True)
     parser.add_argument("--method", choices=_METHODS, required=True)
-    parser.add_argument("--form", choices=("patched", "literal"), required=True)
+    parser.add_argument("--form", choices=("patched", "plain"), required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--local_rank", type=int, default=0)
     options = parser.parse_args()
@@ -92,7 +108,13 @@ def _built(name: str, method: str, form: str) -> tuple[nn.Module, object]:
     if form == "patched":
         fastpeft.patch(model, _METHODS[method])
     elif isinstance(model, MPlug):
-        apply_to_mplug(model, _METHODS[method])
+        import peft
+
+        lora = _METHODS[method]
+        wanted = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha or lora.rank, target_modules=["query", "key"])
+        model = peft.inject_adapter_in_model(wanted, model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
     else:
         model = apply(model, _METHODS[method])
     precision.cast_frozen(model, torch.bfloat16)
@@ -146,7 +168,8 @@ def _captioning(model: MPlug) -> tuple[nn.Module, object]:
 def _measured(stepper: Stepper, step) -> dict[str, float]:
     _tidy()
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    if not forget_peak():
+        raise OSError("/proc/self/clear_refs has no effect: the peak of a step cannot be told from those before it")
     started = time.perf_counter()
     with precision.autocast(torch.device("cpu"), torch.bfloat16):
         loss = step()

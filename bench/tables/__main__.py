@@ -18,7 +18,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from bench.figures import catalogue
+from bench import mplug_study
+from bench.figures import catalogue, style
 from bench.serve import GOES_ON, serve
 from bench.tables import study
 from bench.tables.backbones import lacking
@@ -35,11 +36,20 @@ from fastpeft.trainer.report import Reporter
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; 0, or 2 for a request that cannot be served."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if any(argument in mplug_study.NAMES for argument in arguments):
+        from bench.mplug_study.__main__ import main as other
+
+        # A study of its own: what it asks for and varies is not what the tables of classification do.
+        return other(arguments)
     parser = argparse.ArgumentParser(
         prog="python -m bench.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "name", metavar="NAME", help=", ".join(f"{name} ({spec.title})" for name, spec in tables().items())
+        "name",
+        metavar="NAME",
+        help=", ".join(f"{name} ({spec.title})" for name, spec in tables().items())
+        + f"; {', '.join(mplug_study.NAMES)} (python -m bench.tables {mplug_study.NAMES[0]} --help)",
     )
     parser.add_argument(
         "--backbone", action="append", default=[], metavar="[ROLE=]NAME[@WEIGHTS]",
@@ -80,7 +90,7 @@ def _serve(options: argparse.Namespace) -> None:
 def _request(options: argparse.Namespace) -> Request:
     """What is asked for, checked as far as it can be before anything is run."""
     if options.name not in tables():
-        raise unknown("table", options.name, tables())
+        raise unknown("table", options.name, [*tables(), *mplug_study.NAMES])
     spec = tables()[options.name]
     known = [row.name for row in spec.rows]
     for name in options.methods or ():
@@ -112,7 +122,7 @@ def _tasks(spec: TableSpec, root: Path | None, wanted: list[str] | None) -> dict
 
 def _announce(request: Request, say: Reporter) -> None:
     spec = request.spec
-    protocol = next((request.protocol(role).describe() for role in request.backbones), "no backbone")
+    protocol = next((request.described(role) for role in request.backbones), "no backbone")
     say.say(f"{spec.title}: {len(request.rows)} methods, {len(request.tasks)} tasks; {protocol}")
     if spec.missing:
         say.say(f"not in the library: {spec.missing}")
@@ -176,7 +186,21 @@ def _tabulate(request: Request, name: str, results: Results) -> None:
     (request.out / f"{name}.tex").write_text("\n".join(part.latex() for part in parts), encoding="utf-8")
     print(text)
     print(f"tables: {request.out / name}.md, .tex; results: {results.path}")
-    if catalogue.write(request.out):
+    _draw(view, name)
+
+
+def _draw(view: View, name: str) -> None:
+    """Write the table's own figure and those of its studies."""
+    request = view.request
+    with style.titled(view.title()):
+        figure = request.spec.draw(view)
+    drawn = [] if figure is None else style.write(figure, request.out / catalogue.FOLDER / name)
+    asked = {
+        (str(backbone), str(backbone.image_size), request.protocol(role).name)
+        for role, backbone in request.backbones.items()
+    }
+    drawn += catalogue.write(request.out, lambda study: (study.backbone, study.image_size, study.protocol) in asked)
+    if drawn:
         print(f"figures: {request.out / catalogue.FOLDER}; all on one page: python -m bench.report {request.out}")
 
 

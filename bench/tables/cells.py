@@ -9,6 +9,21 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[1] / "papers"
 
+# What stands behind a number: its reading is uncertain, or it is not what the paper's text has.
+UNCERTAIN, AMENDED = "?", "§"
+MEANING = {UNCERTAIN: "where its reading is uncertain", AMENDED: "where it is not the one in the paper's text"}
+# By note, as bench/papers/README.md has it; "" where no number stands, or the printed one without doubt.
+MARKS = {
+    "": "",
+    "ocr-suspect": UNCERTAIN,
+    "corrected": AMENDED,
+    "filled": AMENDED,
+    "derived": AMENDED,
+    "ocr-missing": "",
+    "not-reported": "",
+    "extra-digit": "",
+}
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -25,7 +40,16 @@ class Cell:
     def __str__(self) -> str:
         if self.value is None:
             return "-"
-        return f"{self.value:.2f}".rstrip("0").rstrip(".") + ("?" if self.note == "ocr-suspect" else "")
+        return f"{self.value:.2f}".rstrip("0").rstrip(".") + self.mark
+
+    @property
+    def mark(self) -> str:
+        """What a table puts behind the number, one of `MARKS`."""
+        return MARKS[self.note]
+
+    def said(self, form: str) -> str:
+        """The number in a form, marked; only of a cell that has one."""
+        return form.format(self.value) + self.mark
 
 
 @functools.cache

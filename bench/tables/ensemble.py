@@ -21,7 +21,7 @@ from bench.tables.job import Job
 from bench.tables.results import VALUES, Results, point_text
 from fastpeft.config import Config
 from fastpeft.predict import Predictor
-from fastpeft.trainer import launch, precision, results
+from fastpeft.trainer import launch, memory, precision, results
 from fastpeft.trainer.feature_store import FeatureStore
 from fastpeft.trainer.loop import DivergedError
 from fastpeft.trainer.order import evaluation_batches
@@ -82,6 +82,11 @@ class EnsembleJob:
         """The members'."""
         return self.members[0].protocol
 
+    @property
+    def read_again(self) -> tuple[str, ...]:
+        """The members'."""
+        return self.members[0].read_again
+
     def key(self) -> dict[str, object]:
         """What its row in the results is found by: the first member's, and how many there are."""
         point = point_text(self.members[0].setting | {"members": len(self.members)})
@@ -111,6 +116,7 @@ class EnsembleJob:
         device = launch.find_ranks().device
         dtype, _ = precision.choose("auto", device)
         task, _ = prepare(self.config(self.out(runs)), str(self))
+        memory.forget_peak(device)
         started = time.perf_counter()
         right = count = 0
         ask = Together(folders, device, dtype) if self.one_pass else InTurn(folders, device, dtype)
@@ -126,6 +132,8 @@ class EnsembleJob:
             "seconds": f"{seconds:.2f}",
             "ms_per_image": f"{1000 * seconds / count:.4f}",
             "peak_memory_mb": f"{max(results.peak_memory_mb(device).values()):.0f}",
+            # Nothing is trained here.
+            "saved_mb": "",
             "precision": str(dtype).removeprefix("torch."),
             "device": device.type,
         }  # fmt: skip

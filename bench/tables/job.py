@@ -201,6 +201,13 @@ class Job:
         """Whether nothing else may be trained beside it: it begins with another run's weights, or its own are kept."""
         return self.start is not None or self.keep
 
+    @property
+    def read_again(self) -> tuple[str, ...]:
+        """Splits that other runs read too: the search is given one test image, which nobody looks at."""
+        if self.stage == "search":
+            return "train", "val"
+        return ("train", "test") if len(self.protocol.seeds) > 1 else ("train",)
+
     def row_of(self, outcome: dict[str, Any] | None, runs: Path) -> dict[str, object]:
         """The row of a finished run, whose losses are kept where they are wanted.
 
@@ -226,7 +233,7 @@ class Job:
             nothing = dict.fromkeys(
                 (
                     "train_size", "trained_parameters", "backbone_parameters", "seconds", "ms_per_image",
-                    "peak_memory_mb", "precision",
+                    "peak_memory_mb", "saved_mb", "precision",
                 ),
                 "",
             )  # fmt: skip
@@ -234,6 +241,8 @@ class Job:
         accuracy = (
             outcome["history"][-1]["val_accuracy"] if self.stage == "search" else outcome["test_accuracy"]["last"]
         )
+        # Of a run that an earlier version has finished nobody counted it.
+        saved = outcome.get("saved_mb")
         return about | {
             "accuracy": f"{accuracy:.6f}",
             "train_size": outcome["train_size"],
@@ -242,6 +251,7 @@ class Job:
             "seconds": f"{outcome['seconds']['total']:.2f}",
             "ms_per_image": f"{outcome['ms_per_image']:.4f}",
             "peak_memory_mb": f"{max(outcome['peak_memory_mb'].values()):.0f}",
+            "saved_mb": "" if saved is None else f"{saved:.3f}",
             "precision": str(outcome["precision"]).split()[0].rstrip(","),
             "device": outcome["device"],
         }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from bench.tables import latex
+
 EMPTY = "-"
 
 
@@ -82,40 +84,9 @@ class Layout:
         return "\n".join(lines).rstrip() + "\n"
 
     def latex(self) -> str:
-        """The table in LaTeX, with booktabs' rules."""
-        best = self.best()
-
-        def cell(entry: Entry, bold: bool) -> str:
-            text = rf"\textbf{{{_escape(entry.text)}}}" if bold else _escape(entry.text)
-            return rf"{text} {{\scriptsize ({_escape(entry.paper)})}}" if entry.paper else text
-
-        lines = [r"\begin{table}", r"\centering", rf"\caption{{{_escape(self.title)}}}"]
-        lines += [rf"\begin{{tabular}}{{l{'r' * (len(self.heading) - 1)}}}", r"\toprule"]
-        if self.over:
-            spans = [rf"\multicolumn{{{count}}}{{c}}{{{_escape(text)}}}" for text, count in self.over]
-            lines.append(" & ".join(["", *spans]) + r" \\")
-        lines += [" & ".join(map(_escape, self.heading)) + r" \\", r"\midrule"]
-        for number, (name, cells) in enumerate(self.rows):
-            if number in self.sections:
-                rule = [r"\midrule"] if number else []
-                section = rf"\emph{{{_escape(self.sections[number])}}}"
-                lines += [*rule, rf"\multicolumn{{{len(self.heading)}}}{{l}}{{{section}}} \\"]
-            shown = [cell(entry, (number, column) in best) for column, entry in enumerate(cells)]
-            lines.append(" & ".join([_escape(name), *shown]) + r" \\")
-        lines += [r"\bottomrule", r"\end{tabular}"]
-        lines += [rf"\\ {{\footnotesize {_escape(note)}}}" for note in self.notes]
-        return "\n".join([*lines, r"\end{table}"]) + "\n"
+        """The table in LaTeX; see `bench.tables.latex`."""
+        return latex.table(self)
 
 
 def _line(cells: list[str] | tuple[str, ...]) -> str:
     return "| " + " | ".join(cells) + " |"
-
-
-def _escape(text: str) -> str:
-    for plain, escaped in (
-        ("\\", r"\textbackslash{}"), ("&", r"\&"), ("%", r"\%"), ("_", r"\_"), ("#", r"\#"), ("$", r"\$"),
-        ("±", r"$\pm$"), ("<", r"$<$"), (">", r"$>$"), ("†", r"\dag{}"), ("‡", r"\ddag{}"),
-        ("→", r"$\to$"),
-    ):  # fmt: skip
-        text = text.replace(plain, escaped)
-    return text

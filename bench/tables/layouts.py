@@ -54,7 +54,7 @@ def group_entries(
         printed = view.paper(cells.cell(file, metric="accuracy", **here), role, view.whole(group), "{:.2f}")
         count = cells.cell(file, metric="wins_vs_full", **here) if against_full else None
         if printed and count is not None and count.value is not None:
-            printed += f" [{count.value:.0f}]"
+            printed += f" [{count.said('{:.0f}')}]"
         entry = number(mean, "{:.2f}", printed, ranked=row.name != "full")
         entries.append(entry if above is None else Entry(f"{entry.text} [{above}]", entry.value, entry.paper))
     return entries

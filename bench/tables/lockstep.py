@@ -22,11 +22,12 @@ from bench.tables.lockstep_run import Run, starting_tensors
 from fastpeft.config import Config, parse_interval
 from fastpeft.metrics import Top1
 from fastpeft.state import clock_of
-from fastpeft.trainer import checkpoint, feature_key, launch, optim, precision, results
+from fastpeft.trainer import checkpoint, feature_key, launch, memory, optim, precision, results
 from fastpeft.trainer.feature_store import FeatureStore
 from fastpeft.trainer.features import Features
 from fastpeft.trainer.order import STEP, evaluation_batches, mix
 from fastpeft.trainer.report import Reporter
+from fastpeft.trainer.saved import SavedBytes
 from fastpeft.trainer.task import prepare
 from fastpeft.trainer.workload import Workload, deal_images
 
@@ -69,6 +70,7 @@ def train(
     left = list(range(len(configs)))
     while left:
         started = time.monotonic()
+        memory.forget_peak(ranks.device)
         task, model = prepare(configs[left[0]], source)
         if clock_of(model) is not None:
             return False
@@ -126,6 +128,7 @@ def _train(work: Workload, runs: list[Run], ranks: launch.Ranks, folder: Path, b
     first, seconds = _resume(runs, folder, identity)
     saved = time.monotonic()
     work.train_mode()
+    saved_mb = _saved_mb(work, runs[0], ranks)
     for epoch in range(first, train.epochs):
         started = time.perf_counter()
         orders = {run.config.train.seed: run.deal.order(epoch) for run in runs}
@@ -150,6 +153,7 @@ def _train(work: Workload, runs: list[Run], ranks: launch.Ranks, folder: Path, b
         "backbone_parameters": summary.backbone,
         "ms_per_image": round(1000 * seconds / (len(runs) * train.epochs * work.deal.size), 4),
         "peak_memory_mb": results.peak_memory_mb(ranks.device),
+        "saved_mb": saved_mb,
         "precision": work.precision,
         "device": str(ranks.device.type),
     }
@@ -216,6 +220,21 @@ def _step(
             run.note(loss, images)
             run.optimizer.step()
             run.optimizer.zero_grad()
+
+
+def _saved_mb(work: Workload, run: Run, ranks: launch.Ranks) -> float:
+    """What one run's first step keeps for its backward pass, as that of the trainer does for the run alone.
+
+    Of all runs together it would be what they have at once, of which the batch is kept once for all. The pass is one
+    more than the runs need, on copies of what it would change; the masks that a step draws have a seed of their own.
+    """
+    parameters = set(run.parameters.values())
+    tensors = {name: one if one in parameters else one.clone() for name, one in run.tensors.items()}
+    inputs, labels = _batch(work, work.deal.batch(run.deal.order(0), 0), ranks)
+    with SavedBytes((*work.model.parameters(), *work.model.buffers(), *tensors.values())) as counted:
+        loss = F.cross_entropy(work.forward(inputs, tensors).float(), labels, reduction="sum")
+    del loss
+    return counted.megabytes
 
 
 def _at_once(work: Workload) -> int:

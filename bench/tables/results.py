@@ -6,28 +6,54 @@ import csv
 import io
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.tables.errors import TableError
 
-# What a row is found by, and what it says.
+# What a row is found by, and what it says, of runs that classify.
 KEY = ("task", "method", "stage", "seed", "backbone", "image_size", "protocol", "setting", "point")
 VALUES = (
     "accuracy", "train_size", "trained_parameters", "backbone_parameters", "seconds", "ms_per_image", "peak_memory_mb",
-    "precision", "device", "version", "date",
+    "saved_mb", "precision", "device", "version", "date",
 )  # fmt: skip
 FIELDS = (*KEY, *VALUES)
 # Of these, what the files of earlier versions lack; there it is empty.
-LATER = ("setting", "train_size")
+LATER = ("setting", "train_size", "saved_mb")
 
 Line = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The columns of a file.
+
+    Attributes:
+        key: what a row is found by.
+        values: what it says.
+        score: of these, what a run is judged by: a number, higher is better.
+        later: columns that the files of earlier versions lack; there they are empty.
+    """
+
+    key: tuple[str, ...]
+    values: tuple[str, ...]
+    score: str
+    later: tuple[str, ...] = ()
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """All columns, in their order."""
+        return (*self.key, *self.values)
+
+
+CLASSIFICATION = Schema(KEY, VALUES, "accuracy", LATER)
 
 
 class Results:
     """The rows of one file. Several processes may add to it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, schema: Schema = CLASSIFICATION) -> None:
+        self.path, self.schema = path, schema
 
     def rows(self) -> list[Line]:
         """All rows, in the order in which they came.
@@ -43,13 +69,14 @@ class Results:
         whole = text[: text.rfind("\n") + 1]
         reader = csv.DictReader(io.StringIO(whole, newline=""))
         columns = tuple(reader.fieldnames or ())
-        if whole and columns != tuple(name for name in FIELDS if name in columns or name not in LATER):
-            raise TableError(f"{self.path}: its columns are not those of a result file: {','.join(FIELDS)}")
+        fields, later = self.schema.fields, self.schema.later
+        if whole and columns != tuple(name for name in fields if name in columns or name not in later):
+            raise TableError(f"{self.path}: its columns are not those of a result file: {','.join(fields)}")
         found = list(reader)
         for number, row in enumerate(found, start=2):
             if None in row or None in row.values():
                 raise TableError(f"{self.path}:{number}: expected {len(columns)} fields; repair or remove the line")
-        return [{name: row.get(name, "") for name in FIELDS} for row in found]
+        return [{name: row.get(name, "") for name in fields} for row in found]
 
     def has(self, **key: object) -> bool:
         """Whether a row has these fields."""
@@ -60,6 +87,10 @@ class Results:
         wanted = {name: str(value) for name, value in key.items()}
         return next((row for row in self.rows() if all(row[name] == value for name, value in wanted.items())), None)
 
+    def score(self, line: Line) -> float:
+        """What a run is judged by."""
+        return float(line[self.schema.score])
+
     def add(self, row: Mapping[str, object]) -> None:
         """Append a row, on disk when this returns; a row with the same key that is there already stays alone.
 
@@ -68,13 +99,13 @@ class Results:
         """
         from filelock import FileLock
 
-        assert row.keys() == set(FIELDS), row.keys() ^ set(FIELDS)
+        assert row.keys() == set(self.schema.fields), row.keys() ^ set(self.schema.fields)
         line = io.StringIO(newline="")
-        csv.DictWriter(line, FIELDS, lineterminator="\n").writerow(row)
+        csv.DictWriter(line, self.schema.fields, lineterminator="\n").writerow(row)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self.path.with_name(f".{self.path.name}.lock")):
-                if self.has(**{name: row[name] for name in KEY}):
+                if self.has(**{name: row[name] for name in self.schema.key}):
                     return
                 self._bring_up_to_date()
                 self._append(line.getvalue())
@@ -83,35 +114,47 @@ class Results:
 
     def _bring_up_to_date(self) -> None:
         """Give a file of an earlier version the columns that it lacks."""
-        if not self.path.exists() or self.path.read_bytes().startswith((",".join(FIELDS) + "\n").encode()):
+        if not self.path.exists() or self.path.read_bytes().startswith(self._head()):
             return
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(text, self.schema.fields, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows())
         unfinished = self.path.with_name(f".{self.path.name}.unfinished")
-        with unfinished.open("wb") as file:
-            file.write(text.getvalue().encode())
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with unfinished.open("wb", buffering=0) as file:
+                _write(file, text.getvalue().encode())
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise
         unfinished.replace(self.path)
 
     def _append(self, line: str) -> None:
-        with self.path.open("a+b") as file:
+        # Without a buffer: one that a full disk did not take would be written once more by what undoes it.
+        with self.path.open("a+b", buffering=0) as file:
             # What a killed process left unfinished.
             file.seek(0)
             text = file.read()
             end = text.rfind(b"\n") + 1
             file.truncate(end)
             file.seek(end)
-            head = b"" if end else (",".join(FIELDS) + "\n").encode()
+            head = b"" if end else self._head()
             try:
-                file.write(head + line.encode())
-                file.flush()
-                os.fsync(file.fileno())
+                _write(file, head + line.encode())
             except OSError:
                 file.truncate(end)
                 raise
+
+    def _head(self) -> bytes:
+        return (",".join(self.schema.fields) + "\n").encode()
+
+
+def _write(file: io.RawIOBase, text: bytes) -> None:
+    """Have all of it on disk: of a nearly full one the system takes a part, and says so at the next."""
+    left = memoryview(text)
+    while left:
+        left = left[file.write(left) :]
+    os.fsync(file.fileno())
 
 
 def point_text(point: Mapping[str, float]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 from typing import Protocol as Interface
 
 from bench.tables import cells
@@ -16,6 +17,9 @@ from bench.tables.measured import Table, collect
 from bench.tables.protocol import Protocol, Row
 from bench.tables.results import Line, Results
 from bench.tables.tasks import TASKS, Task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 VTAB = ("natural", "specialized", "structured")
 MAIN = "main"
@@ -34,6 +38,8 @@ class Role:
         image_size: side of the paper's square input in pixels.
         title: as the paper prints it.
         model: fields of a configuration's `model` that go with it.
+        known_as: what the paper's weights are called, as `weights_of` has it: their published file, or timm's name of
+            them. The name is all that is looked at.
     """
 
     name: str = MAIN
@@ -42,9 +48,17 @@ class Role:
     image_size: int = 224
     title: str = "ViT-B/16"
     model: tuple[tuple[str, object], ...] = ()
+    known_as: tuple[str, ...] = ("ViT-B_16.npz", "vit_base_patch16_224.orig_in21k@hub")
 
     def __str__(self) -> str:
         return f"{self.backbone} at {self.image_size} px, {self.weights}"
+
+
+def weights_of(backbone: Backbone) -> str:
+    """What a backbone's weights are known as: a file's name without its folder, NAME.TAG@hub, else what was given."""
+    if backbone.weights == "hub":
+        return f"{backbone.name}@hub"
+    return Path(backbone.weights or "random").name
 
 
 class Runs(Interface):
@@ -87,6 +101,12 @@ class Request:
         """The one that a role's backbone is trained by."""
         return Protocol.of(self.backbones[role].name, self.quick, self.seeds, self.epochs)
 
+    def described(self, role: str = MAIN) -> str:
+        """How a role's numbers come about: its protocol; of a table that trains nothing, how much is measured."""
+        if self.spec.needs_data:
+            return self.protocol(role).describe()
+        return "quick, thinned to a few turns of small batches" if self.quick else "all turns of full batches"
+
     def row(self, row: Row, role: str = MAIN) -> Row:
         """The row as it is trained on a role's backbone: batch size and lengths are the backbone's."""
         return fitted(row, self.backbones[role].name)
@@ -107,6 +127,7 @@ class TableSpec:
         measure: has the measurements made that are no training runs; called before the layout.
         needs_data: whether there is nothing to do without a folder of tasks.
         missing: why the library cannot make it, or "".
+        draw: a figure of its own, which no single study has; None comes back where there is nothing of it.
     """
 
     title: str
@@ -119,6 +140,7 @@ class TableSpec:
     measure: Callable[[Request], None] | None = None
     needs_data: bool = True
     missing: str = ""
+    draw: Callable[[View], Figure | None] = lambda view: None
 
     def role(self, name: str) -> Role:
         """By name."""
@@ -184,13 +206,15 @@ class View:
         return bool(wanted) and set(wanted) <= set(self.groups_of)
 
     def same(self, role: str = MAIN) -> bool:
-        """Whether a role's runs are the paper's but for the seeds: its backbone, its image size, its protocol."""
+        """Whether a role's runs are the paper's but for the seeds: its backbone, image size, weights and protocol."""
         given = self.request.backbones.get(role)
         if given is None:
             return True
         paper = self.request.spec.role(role)
         usual = Protocol.of(given.name, False, self.request.seeds)
         alike = (given.name.split(".")[0], given.image_size) == (paper.backbone, paper.image_size)
+        # Without data nothing is trained: time and memory are those of any weights.
+        alike = alike and (not self.request.spec.needs_data or weights_of(given) in paper.known_as)
         return alike and self.request.protocol(role).name == usual.name
 
     def paper(self, printed: cells.Cell | None, role: str = MAIN, whole: bool = True, form: str | None = None) -> str:
@@ -204,10 +228,15 @@ class View:
         """
         if printed is None or printed.value is None:
             return ""
-        text = str(printed)
-        if form is not None:
-            text = form.format(printed.value) + ("?" if text.endswith("?") else "")
+        text = str(printed) if form is None else printed.said(form)
         return text + ("" if whole else OTHER_DATA) + ("" if self.same(role) else OTHER_RUNS)
+
+    def title(self) -> str:
+        """What a figure of it is of: the table, its backbones, their protocols."""
+        there = self.request.backbones.items()
+        backbones = dict.fromkeys(f"{backbone} at {backbone.image_size} px" for _, backbone in there)
+        protocols = dict.fromkeys(self.request.protocol(role).name for role, _ in there)
+        return f"{self.request.spec.title}: {'; '.join([*backbones, *protocols])}"
 
     def notes(self) -> list[str]:
         """What is to be said below every table: protocol, backbones, what differs from the paper, what is missing."""
@@ -215,19 +244,21 @@ class View:
         by_protocol: dict[str, list[str]] = {}
         for role, backbone in self.request.backbones.items():
             name = "" if len(spec.roles) == 1 else f"{role}: "
-            ones = by_protocol.setdefault(self.request.protocol(role).describe(), [])
-            ones.append(f"{name}{backbone} at {backbone.image_size} px")
+            ones = by_protocol.setdefault(self.request.described(role), [])
+            weights = "" if backbone.weights else ", random weights"
+            given = f"{backbone} at {backbone.image_size} px{weights}"
+            ones.append(f"{name}{given} (the paper's: {spec.role(role)})")
         for protocol, ones in by_protocol.items():
-            said.append(f"{'; '.join(ones)}." + (f" Protocol: {protocol}." if spec.needs_data else ""))
-        said.append("In round brackets the paper's number; a question mark where its reading is uncertain.")
+            said.append(f"{'; '.join(ones)}. Protocol: {protocol}.")
+        marks = ", ".join(f"{mark} {why}" for mark, why in cells.MEANING.items())
+        said.append(f"In round brackets the paper's number; {marks}.")
         lacking = [task.name for task in TASKS if spec.takes(task) and task.name not in self.groups_of]
         if spec.needs_data and lacking:
             said.append(f"{OTHER_DATA} Of tasks that are not here too. Not in the data: {', '.join(lacking)}.")
-        others = [str(spec.role(role)) for role in self.request.backbones if not self.same(role)]
-        if others:
+        if not all(map(self.same, self.request.backbones)):
             said.append(
-                f"{OTHER_RUNS} Of another backbone, image size or protocol: the paper's is {'; '.join(others)}, by its "
-                "full protocol."
+                f"{OTHER_RUNS} Of another backbone, image size, protocol or other weights than ours: of the paper's, "
+                "as said above, by its full protocol."
             )
         absent = [str(role) for role in spec.roles if role.name not in self.request.backbones]
         if absent:

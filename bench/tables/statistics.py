@@ -41,11 +41,37 @@ def wilcoxon(first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence
     return Test(float(found.pvalue), len(pairs))
 
 
+# Below a table in which `constant` has left a cell without a p.
+CONSTANT = (
+    "No p where the seeds of both methods agree to the last digit: samples without variance say nothing of chance, and "
+    "by the formula any difference between them would be certain."
+)
+
+
 def welch(first: Sequence[float], second: Sequence[float]) -> Test | None:
-    """Welch's t-test of one task, seeds against seeds, unequal variances: Fig. 16; None for fewer than two."""
+    """Welch's t-test of one task, seeds against seeds, unequal variances: Fig. 16.
+
+    Returns:
+        The test; None for fewer than two seeds and for `constant` samples, of which it is not defined.
+    """
+    if min(len(first), len(second)) < 2 or constant(first, second):
+        return None
+    return Test(float(t_test(first, second, "greater").pvalue), len(first))
+
+
+def t_test(first: Sequence[float], second: Sequence[float], alternative: str = "two-sided"):
+    """SciPy's `ttest_ind` with unequal variances, of samples of two values or more; at most one is `constant`.
+
+    The rounding of a constant sample's mean would be its variance; SciPy warns of it. Counted from the constant, the
+    sample is zero, its variance is none, and no difference has changed.
+    """
     from scipy import stats
 
-    if min(len(first), len(second)) < 2 or len({*first, *second}) == 1:
-        return None
-    found = stats.ttest_ind(first, second, equal_var=False, alternative="greater")
-    return Test(float(found.pvalue), len(first))
+    origin = next((sample[0] for sample in (first, second) if len({*sample}) == 1), 0.0)
+    samples = ([value - origin for value in sample] for sample in (first, second))
+    return stats.ttest_ind(*samples, equal_var=False, alternative=alternative)
+
+
+def constant(first: Sequence[float], second: Sequence[float]) -> bool:
+    """Whether both are of two seeds or more and neither sample varies. One that does makes a test."""
+    return min(len(first), len(second)) > 1 and len({*first}) == len({*second}) == 1

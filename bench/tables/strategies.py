@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.tables import locks
 from bench.tables.experiment import Experiment
 from bench.tables.job import TUNED, Job
 from bench.tables.protocol import Point
@@ -39,10 +40,10 @@ class AfterTuning(Experiment):
         """Full fine-tuning's search, the search on what it tuned, the final runs on what it tuned with their seeds."""
         yield self.tuning.search()
         tuned = self.tuning.chosen(results)
-        yield from self._and_clear([self._after(job, tuned) for job in self.search()])
+        yield from _and_clear([self._after(job, tuned) for job in self.search()], self.runs)
         for seed in self.protocol.seeds if self.final else ():
             # One seed after the other: a tuned backbone takes room.
-            yield from self._and_clear([self.of_best(results, "final", seed)])
+            yield from _and_clear([self.of_best(results, "final", seed)], self.runs)
 
     def of_best(self, results: Results, stage: str, seed: int) -> Job:
         """One run with the best setting, on what full fine-tuning's best setting tuned in the same stage."""
@@ -50,11 +51,6 @@ class AfterTuning(Experiment):
 
     def _after(self, job: Job, tuned: Point) -> Job:
         return dataclasses.replace(job, start=self.tuning.job(job.stage, tuned, job.seed))
-
-    def _and_clear(self, jobs: list[Job]) -> Iterator[list[Job]]:
-        """The runs, and the end of the tuned backbone when they are done."""
-        yield jobs
-        jobs[0].start.clear(self.runs / TUNED)
 
 
 @dataclass(frozen=True)
@@ -77,6 +73,11 @@ class Curve:
         own = dataclasses.replace(self.experiment, final=False)
         yield from own.batches(results)
         job = own.of_best(results, CURVE, own.protocol.seeds[0])
-        yield [job]
-        if job.start is not None:
-            job.start.clear(own.runs / TUNED)
+        yield from [[job]] if job.start is None else _and_clear([job], own.runs)
+
+
+def _and_clear(jobs: list[Job], runs: Path) -> Iterator[list[Job]]:
+    """Runs that begin with one tuned backbone, and its end when they are done, unless another study needs it."""
+    start, tuned = jobs[0].start, runs / TUNED
+    with locks.needed(start.out(tuned), lambda: start.clear(tuned)):
+        yield jobs

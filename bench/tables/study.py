@@ -20,8 +20,11 @@ from bench.tables import together
 from bench.tables.errors import TableError
 from bench.tables.job import Job
 from bench.tables.results import Results
+from fastpeft.errors import FastPEFTError
 from fastpeft.trainer.feature_store import FeatureStore
 
+# Seconds that a database is waited for which another process is writing to, of those that are single files.
+_PATIENCE = 60.0
 # Seconds between two signs of life of a worker, and after how many it is taken for dead.
 _HEARTBEAT, _GRACE = 30, 120
 _RETRIES = 3
@@ -42,34 +45,32 @@ def storage(url: str | None, folder: Path):
         TableError: it cannot be opened.
     """
     import optuna
-    from sqlalchemy.exc import SQLAlchemyError
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    from bench.tables import database
+
+    # What fails is said once, by us; as warnings Optuna prints tracebacks.
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     if url is None:
         folder.mkdir(parents=True, exist_ok=True)
         url = f"sqlite:///{folder / 'studies.db'}"
-    # Another worker may be writing: SQLite waits for it this long.
-    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    options = {"connect_args": {"timeout": _PATIENCE}} if url.startswith("sqlite") else {}
     # Heartbeats are called experimental, and have been for years.
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=_RETRIES)
+    started = time.monotonic()
     for last in (False, False, False, True):
         try:
-            return optuna.storages.RDBStorage(
+            return database.Database(
                 url, options, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE, heartbeat_stale_trial_callback=retry
             )
-        except SQLAlchemyError as error:
-            # Two workers that begin at once both make the tables: one of them finds the other's a moment later.
-            if last:
-                raise _not_opened(url, error) from error
+        except (*database.ERRORS, ImportError, ValueError, RuntimeError) as error:
+            # Two workers that begin at once both make the tables: one of them finds the other's a moment later. What
+            # was waited for in vain is held by somebody who does something else.
+            again = isinstance(error, database.ERRORS) and time.monotonic() - started < _PATIENCE
+            if last or not again:
+                raise TableError(f"--storage {url}: cannot be opened: {database.reason(error)}") from error
             time.sleep(random.uniform(0.2, 1.0))
-        except (ImportError, ValueError, RuntimeError) as error:
-            raise _not_opened(url, error) from error
     raise AssertionError("unreachable")
-
-
-def _not_opened(url: str, error: BaseException) -> TableError:
-    return TableError(f"--storage {url}: cannot be opened: {_first_line(error)}")
 
 
 def run_all(
@@ -96,7 +97,8 @@ def run_all(
     """
     import optuna
     from optuna.trial import TrialState
-    from sqlalchemy.exc import SQLAlchemyError
+
+    from bench.tables import database
 
     jobs = list(jobs)
     said: set[int] = set()
@@ -126,7 +128,7 @@ def run_all(
             trial.set_user_attr(_WORKER, _me())
             together.run(job, jobs, results, runs, features)
             found = results.find(**job.key())
-        return float(found["accuracy"])
+        return results.score(found)
 
     try:
         study = optuna.create_study(
@@ -155,10 +157,15 @@ def run_all(
         # Of runs that were done together one trial did them all; the others take note of theirs.
         while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             study.optimize(objective, n_trials=1)
-    except SQLAlchemyError as error:
+    except FastPEFTError:
+        raise
+    except Exception as error:
+        failed = database.failure(error)
+        if failed is None:
+            raise
         raise TableError(
-            f"the storage of the studies failed: {_first_line(error)}; what was measured is in {results.path}, the "
-            "same command goes on from there"
+            f"the storage of the studies failed: {database.reason(failed)}; what was measured is in {results.path}, "
+            "the same command goes on from there"
         ) from error
 
 
@@ -167,7 +174,9 @@ def _taken(trial) -> bool:
     from optuna.trial import TrialState
 
     running = trial.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    return any(other.number < trial.number and other.params.get("run") == trial.params["run"] for other in running)
+    # What a trial has been enqueued with: its parameters are written only when its worker asks for them.
+    asked = [other.system_attrs.get("fixed_params", other.params) for other in running if other.number < trial.number]
+    return any(params.get("run") == trial.params["run"] for params in asked)
 
 
 def _me() -> str:
@@ -192,10 +201,7 @@ def _fail_the_dead(study) -> None:
 
 def _name(jobs: Sequence[Job]) -> str:
     """Of the study that holds these runs and no others."""
-    job = jobs[0]
-    digest = hashlib.sha256("\n".join(f"{job} {job.backbone} {job.protocol.name}" for job in jobs).encode()).hexdigest()
-    return f"{job.task}/{job.row.name}/{job.stage}/{digest[:12]}"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    keys = [job.key() for job in jobs]
+    named = [f"{job} {key['backbone']} {key['protocol']}" for job, key in zip(jobs, keys, strict=True)]
+    digest = hashlib.sha256("\n".join(named).encode()).hexdigest()
+    return f"{keys[0]['task']}/{keys[0]['method']}/{keys[0]['stage']}/{digest[:12]}"

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.tables import lockstep
+from bench.tables import locks, lockstep
+from bench.tables.ensemble import EnsembleJob
 from bench.tables.errors import TableError
 from bench.tables.job import Job
 from bench.tables.results import Results
@@ -25,8 +26,8 @@ _FREE = ("train.base_lr", "train.weight_decay", "train.seed")
 def run(job: Job, jobs: Sequence[Job], results: Results, runs: Path, features: FeatureStore | None) -> None:
     """Have a run in the results; where one computation can do others of its study too, have those there as well.
 
-    Of several workers that want runs of one group one computes, and the others wait for it; if it is killed the next
-    goes on.
+    Of several workers that want one run, or runs of one group, one computes and the others wait for it; if it is killed
+    the next goes on. Studies may have runs in common: what a worker is doing no other begins, whatever study it is in.
 
     Args:
         job: the run.
@@ -41,31 +42,42 @@ def run(job: Job, jobs: Sequence[Job], results: Results, runs: Path, features: F
     """
     group = _group(job, jobs, runs) if launch.find_ranks().world == 1 else [job]
     if len(group) > 1:
-        from filelock import FileLock
-
         folder = runs / f"{job.task}-{job.row.name}-{job.stage}-together-{_digest([str(one.key()) for one in group])}"
+        with locks.held(folder):
+            _do_together(group, results, runs, folder, features)
+    with locks.held(*_folders(job, runs)):
+        if not results.has(**job.key()):
+            results.add(job.run(runs, store_for(job, features)))
+            job.clear(runs)
+
+
+def _folders(job: Job | EnsembleJob, runs: Path) -> list[Path]:
+    """Those that a job trains in, and clears."""
+    return [one.out(runs) for one in (job.members if isinstance(job, EnsembleJob) else [job])]
+
+
+def _do_together(group: list[Job], results: Results, runs: Path, folder: Path, features: FeatureStore | None) -> None:
+    """Have the rows of a group, but for those of runs that other workers are doing, if its runs go together."""
+
+    def lacking(some: list[Job]) -> list[Job]:
+        return [one for one in some if not results.has(**one.key())]
+
+    wanted = {one.out(runs): one for one in lacking(group)}
+    with locks.free(wanted) as free:
+        # What another worker was doing when it was looked for may be done now.
+        left = lacking([one for out, one in wanted.items() if out in free])
         try:
-            runs.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.with_name(f".{folder.name}.lock")):
-                left = [one for one in group if not results.has(**one.key())]
-                if len(left) > 1 and _run_group(left, results, runs, folder, features):
-                    shutil.rmtree(folder, ignore_errors=True)
+            if len(left) > 1 and _run_group(left, results, runs, folder, features):
+                shutil.rmtree(folder, ignore_errors=True)
         except OSError as error:
             raise TableError(
                 f"{folder}: cannot be written: {error.strerror or error}; what was measured is in {results.path}"
             ) from error
-    if not results.has(**job.key()):
-        results.add(job.run(runs, store_for(job, features)))
-        job.clear(runs)
 
 
 def store_for(job: Job, features: FeatureStore | None) -> FeatureStore | None:
-    """The store with the splits that other runs read too: the search is given one test image, which nobody looks at."""
-    if features is None:
-        return None
-    if job.stage == "search":
-        return features.of("train", "val")
-    return features.of("train", "test") if len(job.protocol.seeds) > 1 else features.of("train")
+    """The store with the splits that other runs read too."""
+    return None if features is None else features.of(*job.read_again)
 
 
 def _run_group(group: list[Job], results: Results, runs: Path, folder: Path, features: FeatureStore | None) -> bool:

@@ -127,7 +127,7 @@ def by_task(
             paper = view.paper(printed("accuracy", "group_mean"), role, view.whole(group))
             count = printed("wins_vs_full", "group_mean")
             if paper and count is not None and count.value is not None:
-                paper += f" [{count.value:.0f}]"
+                paper += f" [{count.said('{:.0f}')}]"
             mean = number(mean_of(tasks, names), "{:.2f}", paper)
             above = None if row.name == FT.name else wins(tasks, full, names)
             entries.append(mean if above is None else Entry(f"{mean.text} [{above}]", mean.value, mean.paper))

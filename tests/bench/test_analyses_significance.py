@@ -14,6 +14,7 @@ from bench.analyses import accuracies
 from bench.analyses.effects import hedges_g, holm, interval, rank_biserial
 from bench.analyses.errors import AnalysisError
 from bench.analyses.significance import main, on_tasks, over_tasks
+from bench.tables import statistics
 from bench.tables.errors import TableError
 from bench.tables.results import FIELDS, Results
 
@@ -66,12 +67,39 @@ def test_hedges_g_and_the_interval():
     exact = math.gamma(2) / (math.sqrt(2) * math.gamma(1.5))
     assert hedges_g(a, b) == pytest.approx(cohen * exact) and exact == pytest.approx(0.8, abs=3e-3)
     assert hedges_g(b, a) == -hedges_g(a, b)
-    assert math.isnan(hedges_g([1.0], b)) and hedges_g([1, 1], [1, 1]) == 0 and hedges_g([2, 2], [1, 1]) == math.inf
+    assert math.isnan(hedges_g([1.0], b))
     low, high = interval(a, b)
     found = stats.ttest_ind(a, b, equal_var=False)
     half = stats.t.ppf(0.975, found.df) * math.sqrt(4 / 3 + 1 / 3)
     assert (low, high) == pytest.approx((3 - half, 3 + half))
-    assert interval([2, 2], [1, 1]) == (1, 1) and math.isnan(interval([1], [2, 3])[0])
+    assert all(map(math.isnan, interval([1], [2, 3])))
+
+
+# None of these numbers is a binary fraction: the mean of three equal ones differs from them in the last digit.
+@pytest.mark.parametrize("second", [[60.3] * 3, [70.1] * 3, [60.3] * 5])
+@pytest.mark.filterwarnings("error")
+def test_samples_without_variance_say_nothing(second):
+    first = [70.1] * 3
+    assert math.isnan(hedges_g(first, second)) and math.isnan(hedges_g(second, first))
+    assert all(map(math.isnan, (*interval(first, second), *interval(second, first))))
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_sample_that_varies_is_enough():
+    constant, varied = [70.1] * 3, [60.3, 61.9, 59.2, 60.0]
+    # SciPy from the sums themselves, which for a constant sample are known without rounding.
+    known = (np.mean(varied), np.std(varied, ddof=1), 4, 70.1, 0.0, 3)
+    expected = stats.ttest_ind_from_stats(*known, equal_var=False).statistic
+    half = stats.t.ppf(0.975, 3) * np.std(varied, ddof=1) / 2
+    gap = np.mean(varied) - 70.1
+    assert expected == pytest.approx(gap / (np.std(varied, ddof=1) / 2))
+    assert interval(varied, constant) == pytest.approx((gap - half, gap + half), rel=1e-12)
+    assert interval(constant, varied) == pytest.approx((-gap - half, -gap + half), rel=1e-12)
+    greater = stats.ttest_ind_from_stats(*known, equal_var=False, alternative="greater").pvalue
+    assert statistics.welch(varied, constant).p == pytest.approx(greater, rel=1e-9)
+    assert hedges_g(varied, constant) == -hedges_g(constant, varied)
+    correction = math.gamma(5 / 2) / (math.sqrt(5 / 2) * math.gamma(2))
+    assert hedges_g(varied, constant) == pytest.approx(gap / (np.std(varied, ddof=1) / math.sqrt(2)) * correction)
 
 
 def test_the_interval_covers_as_often_as_it_says():
@@ -110,6 +138,18 @@ def test_seeds_that_cannot_be_tested_take_no_part_in_the_correction():
     assert found["dtd"].holm == found["dtd"].p
 
 
+@pytest.mark.filterwarnings("error")
+def test_seeds_that_agree_are_a_dash_with_a_reason(tmp_path, capsys):
+    rows = [(method, task, seed, 0.701 - 0.1 * (method == "full") + 0.01 * seed * (task == "dtd"))
+            for method in ("vpt-deep", "full") for task in ("dtd", "svhn") for seed in range(3)]  # fmt: skip
+    assert main([str(results(tmp_path / "some.csv", rows))]) == 0
+    said = capsys.readouterr().out
+    assert "| full, svhn | 3 / 3 | +10.00 | - | - | - | - |" in said and "of 1 tests" in said
+    assert f"{statistics.CONSTANT} So it is with the interval and the effect." in said
+    assert main([str(results(tmp_path / "none.csv", [row for row in rows if row[1] == "dtd"]))]) == 0
+    assert statistics.CONSTANT not in capsys.readouterr().out
+
+
 def test_the_command(measured, tmp_path, capsys):
     out = tmp_path / "out"
     assert main([str(measured), "--out", str(out)]) == 0
@@ -144,6 +184,20 @@ def test_bad_requests_are_one_line(measured, tmp_path, capsys):
         assert main(arguments) == 2
         error = capsys.readouterr().err
         assert expected in error and error.count("\n") == 1, error
+
+
+def test_training_sets_are_never_mixed(measured, capsys):
+    """Rows of another training set are no seeds of this one, be it for the same method or for its rival."""
+    before = accuracies.read(measured)
+    assert before.setup == "b@w at 32 px, protocol paper-100"
+    results(measured, [("full", "dtd", 9, 0.01), ("lora", "dtd", 0, 0.99)], setting="n_train=400")
+    with pytest.raises(AnalysisError, match=r"choose one with --where: .* setting=; .* setting=n_train=400$"):
+        accuracies.read(measured)
+    assert main([str(measured)]) == 2 and capsys.readouterr().err.count("\n") == 1
+    assert accuracies.read(measured, ["setting="]) == before
+    other = accuracies.read(measured, ["setting=n_train=400"])
+    assert other.by_method == {"full": {"dtd": {9: 1.0}}, "lora": {"dtd": {0: 99.0}}}
+    assert other.setup == "b@w at 32 px, protocol paper-100, n_train=400"
 
 
 def test_setups_are_never_mixed(measured):

@@ -215,6 +215,19 @@ def test_accuracies_are_means_over_tasks_that_all_methods_have(tmp_path):
     assert found.about.startswith("Accuracy: mean over a of small at 224 px, protocol quick-10; 1 other kinds")
 
 
+def test_accuracies_of_other_training_sets_are_not_those_of_the_task(tmp_path):
+    path = _results(tmp_path / "results.csv", [("a", "full", 1, 0.5), ("a", "lora", 1, 0.9)])
+    (full, lora) = Results(path).rows()
+    for setting in ("one-shot", "n_train=400"):
+        for method in ("full", "lora", "linear"):
+            Results(path).add(full | {"method": method, "setting": setting, "accuracy": "0.125"})
+    assert accuracy.read(path).percent == pytest.approx({"full": 50.0, "lora": 90.0})
+    other = tmp_path / "other.csv"
+    Results(other).add(lora | {"setting": "one-shot"})
+    with pytest.raises(TableError, match="no final run"):
+        accuracy.read(other)
+
+
 def test_accuracies_that_are_not_there(tmp_path, monkeypatch):
     with pytest.raises(TableError, match="there is no file"):
         accuracy.read(tmp_path / "results.csv")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,12 @@ from bench.mplug_cost.cases import IMAGES, LITERAL, METHODS, OURS, TASKS, WHO, C
 from bench.mplug_cost.floor import floor_of, products_of
 from bench.mplug_cost.steps import MPlugStep, agreement, step_of, trained
 from bench.tables.errors import TableError
+from fastpeft import methods
+from fastpeft.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
+# What the goals are about, and what ends their names.
+WHATS = {"speed": "", "saved bytes": "'s"}
 
 
 def little(task="caption", images="cached", method="lora", **others):
@@ -38,6 +43,19 @@ def swept(tmp_path_factory):
 
 def held(folder, part="steps"):
     return json.loads((folder / "mplug.json").read_text())["parts"][part]
+
+
+def test_a_case_leaves_nothing_behind(monkeypatch):
+    seen = []
+
+    def watched(*asked):
+        step = step_of(*asked)
+        seen.extend(weakref.ref(one) for one in (step.model, *step.model.parameters()))
+        return step
+
+    monkeypatch.setattr(rows, "step_of", watched)
+    assert rows.timed(little(), Settings(True, 1, float("inf"), 0.0, True))["saved_bytes"]
+    assert len(seen) > 20 and not [type(one()) for one in seen if one() is not None]
 
 
 # Batches.
@@ -254,6 +272,7 @@ def test_goals_are_met_by_the_worst_case_alone():
     assert line(parts, "serial: speed")[1:] == ("1.50x, the least: caption, cached, serial", "1.4x", "2x", "yes")
     assert line(parts, "serial: saved")[1:] == ("0.65x, the most: caption, cached, serial", "0.6x", "", "no")
     assert line(parts, "lora: speed")[-1] == "yes, the aim too" and line(parts, "lora: saved")[-1] == "yes"
+    assert line(fabricated(share=0.65, method="prompt"), "prompt: saved")[-1] == "no"
     assert line(fabricated(0.9), "prompt")[-1] == "no" and line(fabricated(1.0), "prompt")[-1] == "yes"
     del parts["steps"][str(Case("vqa", "given", "lora"))]
     assert line(parts, "lora: speed")[1] == goals.MISSING
@@ -268,6 +287,28 @@ def test_tables_say_times_ratios_and_memory():
     other = Case("vqa", "given", "lora", batch=2, threads=1)
     parts["steps"][str(other)] = parts["steps"].pop(str(tables.MAIN[0]))
     assert tables.steps(parts)[-1][0] == str(other)
+
+
+def test_every_method_has_a_goal_of_its_time_and_of_its_bytes():
+    said = {goal.step for goal in tables.GOALS}
+    assert said == {f"{method}: {what} over literal{s}" for method in METHODS for what, s in WHATS.items()}
+
+
+def test_the_documentation_says_which_forms_are_timed_and_not_the_studys():
+    apart = {}
+    for method, timed in METHODS.items():
+        for kind in ("coco_caption", "vqa"):
+            fields = load_config(ROOT / "configs" / "mplug" / f"{kind}_{method}.yaml").method
+            (other,) = methods.from_dict(fields).parts()
+            apart |= {(method, name): value for name, value in vars(other).items() if value != vars(timed())[name]}
+    assert apart == {
+        ("prompt", "length"): 16,
+        ("prefix", "length"): 16,
+        ("lora", "heads"): "shared",
+        ("parallel", "skip"): True,
+    }
+    document = generated.PERFORMANCE.read_text()
+    assert "`heads: shared`" in document and "`skip: true`" in document and "of length 16 (here 8)" in document
 
 
 def test_no_row_no_number():

@@ -107,6 +107,13 @@ def unqueued(monkeypatch):
     monkeypatch.setattr(command.study, "run_all", run_all)
 
 
+@pytest.fixture(autouse=True)
+def one_figure(monkeypatch):
+    """Of a study's figures one, as each takes its time."""
+    monkeypatch.setattr(command.catalogue, "KINDS", command.catalogue.KINDS[2:3])
+    monkeypatch.setattr(command.catalogue.sensitivity, "heatmaps", lambda rows: None)
+
+
 def ask(given, tmp_path, *more):
     arguments = ["--data", str(given), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), *more]
     return command.main(arguments)
@@ -145,7 +152,7 @@ def test_a_subset_of_the_data(small, tmp_path, trained, unqueued, capsys):
 
 def test_every_run_once_and_in_order(small, tmp_path, trained, unqueued):
     parts = [part for part in plan.PARTS.values() if part.task != "dtd10"]
-    wanted = sum(len(part.methods) * (3 if part.rates_of else 5) for part in parts)
+    wanted = sum(len(part.methods) * (len(part.protocol.seeds) + 2 * (not part.rates_of)) for part in parts)
     assert ask(small, tmp_path, "--tasks", "mnist") == 0
     assert [job.row.name for job in trained] == [name for name in plan.PARTS["mnist"].methods for _ in range(5)]
     assert ask(small, tmp_path) == 0 and len(trained) == wanted
@@ -197,6 +204,9 @@ def test_tables_are_the_same_again(small, tmp_path, trained, unqueued):
         (tmp_path / "out" / name).unlink()
     assert ask(small, tmp_path, "--tabulate") == 0
     assert kept == {name: (tmp_path / "out" / name).read_bytes() for name in kept}
+    # The usual study's data scales; one image a class is another protocol, with one task.
+    (figure,) = (tmp_path / "out" / "figures").rglob("samples.svg")
+    assert figure.parent.name.endswith("-112-offline-10") and "offline-10" in figure.read_text()
     found = tables.tables(Results(tmp_path / "out" / "results.csv").rows())
     assert dict(found["methods"].rows)["linear"][0].text == "7"
     # 0.9 - 0.005 and the mean of 42, 44 and 82 in ten thousandths.

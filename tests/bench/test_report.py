@@ -13,11 +13,14 @@ pytest.importorskip("markdown_it")
 
 from bench.figures import tasks
 from bench.figures.studies import studies
-from bench.report import documents, pictures, summary
+from bench.report import documents, pictures, plots, summary
 from bench.report.__main__ import main
 from bench.report.page import build
+from bench.tables import cells
+from bench.tables.ensemble import STAGE
 from bench.tables.errors import TableError
 from bench.tables.layout import Entry, Layout
+from bench.tables.strategies import CURVE
 from tests.bench.made_results import made_rows, write_results
 
 ROWS = made_rows()
@@ -155,9 +158,10 @@ def test_what_is_missing_and_what_failed():
     assert "Methods that the library lacks: sidetune." in said
     assert "Methods of the paper's tables without a run: partial-1, mlp-3, bias, adapter, vpt-shallow." in said
     assert "full: fewer seeds than elsewhere on eurosat (2 of 3)." in said
-    (failure,) = summary.failures(study)
+    failure, final = summary.failures(study)
     assert (failure.method, failure.stage, failure.count, failure.runs) == ("full", "search", 2, 16)
     assert failure.where == "1 (2)"
+    assert (final.method, final.stage, final.count, final.where) == ("linear", "final", 1, "svhn seed 82")
     less = [
         row for row in ROWS if not (row["task"] == "svhn" and row["method"] == "linear" and row["stage"] == "final")
     ]
@@ -168,21 +172,89 @@ def test_what_is_missing_and_what_failed():
     assert "vpt-deep: fewer settings tried than elsewhere on cifar100 (7 of 8)." in said
 
 
+def test_curves_and_ensembles_that_failed():
+    """Runs of the stages that only some tables have."""
+    lost = {"accuracy": "0", "trained_parameters": ""}
+    final = next(row for row in ROWS if row["stage"] == "final" and row["method"] == "vpt-deep")
+    curve, ensemble = final | {"stage": CURVE}, final | {"stage": STAGE, "point": "base_lr=1;length=10;members=3"}
+    other = ensemble | {"task": "svhn", "setting": "n_train=400"}
+    (study,) = studies([*ROWS, curve | lost, ensemble, other | lost])
+    first, second = summary.failures(study)[2:]
+    assert (first.method, first.stage, first.count, first.runs) == ("vpt-deep", "curve", 1, 1)
+    assert first.where == "cifar100 seed 42"
+    assert (second.stage, second.count, second.runs, second.where) == ("ensemble", 1, 2, "svhn n_train=400 3 members")
+    assert [one.stage for one in summary.failures(studies([*ROWS, curve, ensemble])[0])] == ["search", "final"]
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pages without their figures, which take most of the time."""
+    monkeypatch.setattr(plots, "of_study", lambda *_: {})
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_failures_of_every_stage_are_on_the_page(tmp_path):
+    lost = {"accuracy": "0", "trained_parameters": ""}
+    final = next(row for row in ROWS if row["stage"] == "final" and row["method"] == "vpt-deep")
+    rows = [*ROWS, final | lost | {"stage": CURVE}, final | lost | {"stage": STAGE, "point": "base_lr=1;members=3"}]
+    write_results(tmp_path, rows)
+    page = Page(build(tmp_path, "title"))
+    listed = [[cell.strip() for cell in row] for row in page.cells]
+    assert ["vpt-deep", "curve", "1", "1", "cifar100 seed 42"] in listed
+    assert ["vpt-deep", "ensemble", "1", "1", "cifar100 3 members"] in listed
+    assert "Curve: a run that is tested after every epoch" in page.text and "Ensemble: runs that" in page.text
+    write_results(tmp_path, ROWS)
+    assert "Ensemble: runs that" not in Page(build(tmp_path, "title")).text
+
+
+def test_marks_of_the_papers_numbers_are_explained_where_they_stand():
+    assert summary.papers_marks(["78.8", "", "-"]) == ""
+    assert summary.papers_marks(["78.8?", "1"]) == "Behind a number of the paper's: ? where its reading is uncertain."
+    said = summary.papers_marks(["78.8§", "1?"])
+    assert said.endswith(" ? where its reading is uncertain, § where it is not the one in the paper's text.")
+
+
+@pytest.mark.parametrize("mark, note", [("", "extra-digit"), ("?", "ocr-suspect")])
+@pytest.mark.usefixtures("undrawn")
+def test_the_list_of_runs_explains_its_marks(tmp_path, monkeypatch, mark, note):
+    printed = cells.Cell(78.8, note)
+    monkeypatch.setattr(cells, "cell", lambda file, **where: printed if file == "vpt_table13" else None)
+    write_results(tmp_path, ROWS)
+    page = Page(build(tmp_path, "title"))
+    assert any(f"78.8{mark}" in row for row in page.cells)
+    section = page.text.rpartition("Every method on every task")[2]
+    assert ("Behind a number of the paper's: ? where its reading is uncertain." in section) == bool(mark)
+
+
 def test_facts_outcomes_and_costs():
     (study,) = studies(ROWS)
     facts = summary.facts(study)
     assert facts["tasks"] == "3 of VTAB-1k's 19, 1 more" and facts["runs"] == "64 in the search, 35 final"
-    assert facts["date"] == "2026-01-01 to 2026-01-04" and facts["training images"] == "400, 800"
+    assert facts["date"] == "2026-01-01 to 2026-01-04" and facts["training images"] == "400, 480, 800, 1,000"
     found = {(one.task, one.method): one for one in summary.outcomes(study)}
     one = found["cifar100", "vpt-deep"]
     assert (one.mean, one.deviation, one.seeds) == (pytest.approx(63), pytest.approx(3), 3)
     assert (one.paper, one.validation, one.trained) == ("78.8", pytest.approx(73.1), 50)
-    assert one.setting == "base_lr=1, length=10, weight_decay=0.001"
+    assert one.setting == "base_lr=1, length=10, weight_decay=0.001" and (one.images, one.size) == ("", "1,000")
+    # A run that did not say how many images, and one whose loss was not finite, are in their mean and no others.
+    assert (found["cifar100", "full"].seeds, found["cifar100", "full"].size) == (3, "")
+    assert (found["svhn", "linear"].seeds, found["svhn", "linear"].mean) == (3, pytest.approx((55 + 57) / 3))
     # The paper's number is of the task, not of a draw of it.
     assert found["cifar100-400", "vpt-deep"].paper == ""
     full = summary.costs(study)[0]
     assert (full.trained, full.ms, full.memory, full.paper) == ("1,000", "2.5", "100", "358.7 / 11.7")
     assert full.seconds == "61 (60 to 62)" and full.saved == ""
+
+
+def test_outcomes_of_other_training_sets():
+    other = [row | {"setting": "n_train=5000", "train_size": "6250"} for row in ROWS if row["task"] == "svhn"]
+    (study,) = studies(ROWS + other)
+    plain, own = (one for one in summary.outcomes(study) if (one.task, one.method) == ("svhn", "vpt-deep"))
+    assert (plain.images, plain.size, plain.seeds, plain.paper != "") == ("", "1,000", 3, True)
+    assert (own.images, own.size, own.seeds, own.paper) == ("n_train=5000", "6,250", 3, "")
+    assert own.validation == pytest.approx(73.1)
+    assert summary.failures(study)[-1].where == "svhn seed 82, svhn n_train=5000 seed 82"
+    assert len(study.main) == len(ROWS) - sum(row["task"] == "cifar100-400" for row in ROWS)
 
 
 def test_a_table_is_taken_apart(folder):

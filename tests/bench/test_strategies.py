@@ -81,7 +81,8 @@ def test_a_result_file_of_an_earlier_version_is_brought_up_to_date(tmp_path):
     results = Results(tmp_path / "results.csv")
     results.path.write_text(",".join(old) + "\n" + ",".join(f"{name}0" for name in old) + "\n")
     (row,) = results.rows()
-    assert row["setting"] == row["train_size"] == "" and row["accuracy"] == "accuracy0" and tuple(row) == FIELDS
+    assert all(row[name] == "" for name in ("setting", "train_size", "saved_mb"))
+    assert row["accuracy"] == "accuracy0" and tuple(row) == FIELDS
     results.add(dict.fromkeys(FIELDS, "1"))
     assert results.path.read_text().splitlines()[0] == ",".join(FIELDS)
     assert results.rows() == [row, dict.fromkeys(FIELDS, "1")]
@@ -147,6 +148,29 @@ def test_prompts_begin_with_what_the_best_full_fine_tuning_left(vtab, tmp_path):
     assert all(job.start.point == best for jobs in seen[2:] for job in jobs)
     (job,) = list(Curve(one).batches(results))[-1]
     assert (job.stage, job.start.stage, job.start.point) == (CURVE, CURVE, best)
+
+
+def test_a_tuned_backbone_stays_while_another_study_needs_it(vtab, tmp_path):
+    """Two tables with prompts of different lengths begin with one tuned backbone."""
+    where = (Backbone("test_vit", None, 32), vtab, "eurosat", "eurosat")
+    tuning, results = Experiment(*where, FT, QUICK, final=False), Results(tmp_path / "results.csv")
+    done(results, tuning.search())
+    first, second, killed = (
+        AfterTuning(*where, dataclasses.replace(FT_THEN_PT, searched={"length": (length,)}), QUICK, final=False,
+                    tuning=tuning, runs=tmp_path / "runs").batches(results)
+        for length in (2, 3, 4)
+    )  # fmt: skip
+    for batches in (first, second, killed):
+        next(batches)
+    ours, theirs, _ = next(first), next(second), next(killed)
+    tuned = ours[0].start.out(tmp_path / "runs" / "tuned")
+    assert tuned == theirs[0].start.out(tmp_path / "runs" / "tuned") and ours[0].point != theirs[0].point
+    tuned.mkdir(parents=True)
+    assert next(first, None) is None and tuned.is_dir(), "the other study has yet to begin with it"
+    killed.close()
+    assert tuned.is_dir()
+    assert next(second, None) is None and not tuned.exists()
+    assert not [path for path in tuned.parent.iterdir() if path.is_dir()]
 
 
 def test_ft_then_pt_trains_on_a_tuned_backbone_and_tells_its_whole_history(vtab, tmp_path, backbone):
@@ -223,6 +247,9 @@ def test_fig15_from_nothing_and_again_from_its_results(vtab, tmp_path, weights, 
     stages = [row["stage"] for row in Results(out / "results.csv").rows()]
     assert stages == ["search"] * 2 + ["final"] * 2 + ["ensemble"]
     assert not any(path.name.startswith("eurosat") for path in (out / "runs").iterdir())
+    assert {path.name for path in (out / "figures").glob("*.*")} == {"vpt-fig15.svg", "vpt-fig15.png"}
+    svg = (out / "figures" / "vpt-fig15.svg").read_text()
+    assert "VPT, Fig. 15: test_vit@" in svg and "quick-2" in svg and "ensemble" in svg
     kept = {path.name: path.read_bytes() for path in out.glob("vpt-fig15.*")}
     assert "(82.6†‡" in kept["vpt-fig15.md"].decode() or "‡" in kept["vpt-fig15.md"].decode()
     for path in out.glob("vpt-fig15.*"):
@@ -240,6 +267,9 @@ def test_losses_from_nothing_and_again_from_their_files(vtab, tmp_path, weights)
     text = (out / "vptft-fig10.md").read_bytes()
     row = next(line for line in text.decode().splitlines() if line.startswith("| eurosat, full"))
     assert row.count("-") == 0 and row.split("|")[2].strip() == "2"
+    (figure,) = (out / "figures").rglob("losses.svg")
+    # The test's line is the dashed one.
+    assert "stroke-dasharray: 5" in figure.read_text()
     assert main([*asked, "--tabulate"]) == 0 and (out / "vptft-fig10.md").read_bytes() == text
 
 
@@ -288,6 +318,8 @@ def test_a_killed_worker_leaves_what_the_next_goes_on_from(vtab, tmp_path, backb
         patched.setattr(type(jobs[0]), "train", train)
         study.run_all(jobs, results, tmp_path / "runs", store, lambda job: None)
     assert trained == [("ft-then-pt", 42)] and len(results.rows()) == 4
+    # The worker is gone, and needs its tuned backbone no more.
+    batches.close()
     for jobs in one.batches(results):
         study.run_all(jobs, results, tmp_path / "runs", store, lambda job: None)
     assert len(results.rows()) == 6

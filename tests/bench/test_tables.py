@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import dataclasses
 import os
 
 import pytest
+import torch
 
 pytest.importorskip("optuna")
 
@@ -16,9 +19,10 @@ from bench.tables.job import Backbone, Job
 from bench.tables.layout import Entry, Layout
 from bench.tables.measured import collect, total_parameters, wins
 from bench.tables.protocol import ROWS, SEEDS, Protocol, batch_size, best, method
-from bench.tables.results import FIELDS, KEY, Results, point_of, point_text
+from bench.tables.results import CLASSIFICATION, FIELDS, KEY, LATER, Results, point_of, point_text
 from bench.tables.tasks import TASKS, find
 from fastpeft.data import DataError
+from fastpeft.trainer import memory
 
 PAPER = Protocol.of("vit_base_patch16_224", quick=False, seeds=5)
 
@@ -56,6 +60,26 @@ def test_every_row_has_the_papers_cells():
     assert cells.cell("vpt_table13", method="none") is None
 
 
+def test_every_note_of_the_papers_cells_is_explained_and_marked_as_it_says():
+    explained = {}
+    for line in (cells.FOLDER / "README.md").read_text().splitlines():
+        columns = [column.strip() for column in line.strip("|").split("|")]
+        if line.startswith("| ") and len(columns) == 3 and columns[0] != "note":
+            explained[columns[0].strip("`").replace("empty", "")] = columns[2].strip("`").replace("no number", "")
+    assert explained == cells.MARKS
+    seen = set()
+    for path in cells.FOLDER.glob("*.csv"):
+        for row in cells._rows(path.stem):
+            seen.add(row["note"])
+            assert row["value"] or row["note"] in ("ocr-missing", "not-reported"), (path.name, row)
+    assert seen <= set(cells.MARKS)
+    corrected = cells.cell("vpt_table13", method="vpt-deep", task="eurosat", metric="accuracy")
+    assert str(corrected) == "96.1§" and corrected.said("{:.2f}") == "96.10§"
+    share = cells.cell("vpt_table13", method="vpt-shallow", task="smallnorb_elevation", metric="tuned_over_total")
+    assert share.note == "filled" and str(share) == "0.19§"
+    assert str(cells.cell("vpt_or_ft_table05", method="ft", setting="n_train=5000", task="dtd")) == "-"
+
+
 def test_points_are_read_as_they_are_written():
     for point in PAPER.grid(ROWS["vpt-shallow"]):
         assert point_of(point_text(point)) == point
@@ -87,12 +111,40 @@ def test_a_file_of_something_else(tmp_path):
     with pytest.raises(TableError, match=r"results\.csv: its columns are not those"):
         Results(tmp_path / "results.csv").rows()
     (tmp_path / "other.csv").write_text(",".join(FIELDS) + "\nsvhn,full\n")
-    with pytest.raises(TableError, match=r"other\.csv:2: expected 20 fields"):
+    with pytest.raises(TableError, match=r"other\.csv:2: expected 21 fields"):
         Results(tmp_path / "other.csv").rows()
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize("room, earlier", [(0, False), (1, False), (30, False), (0, True), (1, True)])
+def test_a_disk_that_takes_a_part_of_a_row_is_one_line(tmp_path, room, earlier):
+    results = Results(tmp_path / "results.csv")
+    results.add(line())
+    if earlier:
+        head, row = results.path.read_text().splitlines()
+        results.path.write_text(head.removesuffix(",date") + "\n" + row.removesuffix(",") + "\n")
+        results = Results(results.path, dataclasses.replace(CLASSIFICATION, later=(*LATER, "date")))
+    before = results.path.read_bytes()
+    with no_file_larger(len(before) + room), pytest.raises(TableError, match="cannot be written: File too large"):
+        results.add(line(seed=44))
+    assert results.path.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".results.csv.lock", "results.csv"]
+    results.add(line(seed=44))
+    assert [row["seed"] for row in results.rows()] == ["42", "44"]
+
+
+@contextlib.contextmanager
+def no_file_larger(size):
+    """A file of this process ends at so many bytes, as it would on a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full_only_when_it_is_asked_to_keep_a_row(tmp_path, monkeypatch):
     results = Results(tmp_path / "results.csv")
     results.add(line())
     before = results.path.read_bytes()
@@ -122,6 +174,16 @@ def test_significance_is_scipys():
     a, b = [70.1, 70.9, 71.0], [69.0, 70.0, 68.0]
     assert statistics.welch(a, b).p == stats.ttest_ind(a, b, equal_var=False, alternative="greater").pvalue
     assert statistics.welch(a, b[:1]) is None
+
+
+@pytest.mark.filterwarnings("ignore:Precision loss")
+def test_constant_samples_have_no_p():
+    # By the formula p would be 0: certain, for seeds that only never differed.
+    a, b = [70.0, 70.0, 70.0], [69.0, 69.0]
+    assert statistics.welch(a, b) is None and statistics.welch(b, a) is None and statistics.welch(a, a) is None
+    assert statistics.constant(a, b) and not statistics.constant(a, b[:1]) and not statistics.constant(a, [69.0, 69.1])
+    # One sample that varies is enough for a test.
+    assert 0 < statistics.welch(a, [69.0, 69.1, 68.8]).p < 0.05
 
 
 def test_what_the_results_say():
@@ -217,8 +279,14 @@ def test_runs_are_done_once_whoever_asks(vtab, tmp_path, monkeypatch):
 
 def test_a_real_run_and_one_that_diverges(vtab, tmp_path, monkeypatch):
     job = jobs(vtab)[0]
+    # What the process occupied before is not the run's.
+    torch.ones(400 * 2**20, dtype=torch.uint8)
+    before = memory.resident() / 2**20
     row = job.run(tmp_path / "runs")
+    assert 0 < float(row["peak_memory_mb"]) < before + 300 or not memory.forget_peak()
     assert row.keys() == set(FIELDS) and 0 <= float(row["accuracy"]) <= 1 and int(row["trained_parameters"]) > 0
+    # Features of the batch, and a little of the loss.
+    assert 1 <= float(row["saved_mb"]) / (12 * 192 * 4 / 2**20) < 1.2
     # Until its row is kept, a finished run is there to be asked again.
     assert job.run(tmp_path / "runs") == row
     job.clear(tmp_path / "runs")
@@ -231,6 +299,27 @@ def test_a_real_run_and_one_that_diverges(vtab, tmp_path, monkeypatch):
 
     monkeypatch.setattr(session, "run", diverge)
     assert job.run(tmp_path / "runs")["accuracy"] == "0"
+
+
+def test_what_a_run_keeps_for_its_backward_pass_is_shown(tmp_path):
+    from bench.figures import cost
+    from bench.figures.studies import studies
+    from bench.report import summary
+
+    results = Results(tmp_path / "results.csv")
+    shown = {
+        "trained_parameters": 5,
+        "backbone_parameters": 10,
+        "backbone": "b",
+        "image_size": 8,
+        "protocol": "quick-2",
+    }
+    for seed, saved in ((42, "3.500"), (44, "4.250"), (82, "")):
+        results.add(line(seed=seed, saved_mb=saved, **shown))
+    (axis,) = cost.costs(results.rows()).axes
+    assert axis.get_xlabel() == "saved for the backward pass, MB"
+    (found,) = studies(results.rows())
+    assert summary.costs(found)[0].saved == "3.9 (3.5 to 4.2)"
 
 
 def test_a_table_from_nothing_and_again_from_its_results(vtab, tmp_path, capsys):

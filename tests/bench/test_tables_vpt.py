@@ -11,15 +11,15 @@ import torch
 
 pytest.importorskip("optuna")
 
-from bench.tables import backbones, cells, class_means, cost
+from bench.tables import backbones, cells, class_means, cost, statistics
 from bench.tables.__main__ import main
 from bench.tables.errors import TableError
 from bench.tables.job import Backbone, Job
-from bench.tables.papers import tables, vpt_ablations, vpt_cost
+from bench.tables.papers import tables, vpt_ablations, vpt_cost, vpt_main
 from bench.tables.protocol import ROWS, Protocol, batch_size, method
 from bench.tables.request import backbones_of
 from bench.tables.results import FIELDS, KEY, Results
-from bench.tables.spec import Request
+from bench.tables.spec import MAIN, Request, View, label
 from bench.tables.tasks import TASKS
 from fastpeft.data.fgvc import DATA_SETS
 
@@ -88,6 +88,99 @@ def test_every_row_is_a_method_that_trains():
             point = next(iter(Protocol(2, 1, False, (42,)).grid(row)))
             from_dict(method(row, point))
             assert batch_size(row, point) > 0
+
+
+def view_with(name, tmp_path, given, sizes=(), quick=False):
+    """A table of nothing with these backbones."""
+    spec = tables()[name]
+    request = Request(spec, spec.rows, backbones_of(spec, given, sizes), {}, tmp_path, tmp_path, quick)
+    return View(request, [])
+
+
+@pytest.mark.parametrize(
+    "name, backbone, same",
+    [
+        ("vpt-1", "vit_base_patch16_224@some/where/ViT-B_16.npz", True),
+        ("vpt-1", "vit_base_patch16_224.orig_in21k@hub", True),
+        ("vpt-1", "vit_base_patch16_224@random", False),
+        ("vpt-1", "vit_base_patch16_224", False),
+        # timm's own choice is another pre-training.
+        ("vpt-1", "vit_base_patch16_224@hub", False),
+        ("vpt-1", "vit_base_patch16_224.orig_in21k", False),
+        ("vpt-1", "vit_base_patch16_224@mae_pretrain_vit_base.pth", False),
+        ("vpt-5", "mae=vit_base_patch16_224@mae_pretrain_vit_base.pth", True),
+        ("vpt-5", "mocov3=vit_base_patch16_224@mae_pretrain_vit_base.pth", False),
+        ("vptft-10", "vit_base_patch16_224@mae_pretrain_vit_base.pth", True),
+        ("vptft-7", "swin_base_patch4_window7_224@ViT-B_16.npz", False),
+        ("vpt-fig4", "vit-l=vit_large_patch16_224@ViT-L_16.npz", True),
+        # Costs are those of any weights.
+        ("vpt-12", "vit_base_patch16_224@random", True),
+    ],
+)
+def test_other_weights_are_marked(name, backbone, same, tmp_path):
+    view = view_with(name, tmp_path, [backbone])
+    (role,) = view.request.backbones
+    assert view.same(role) == same
+    printed = cells.cell("vpt_table01", method="full", task="group_mean", group="natural", metric="accuracy")
+    assert view.paper(printed, role).endswith("‡") != same
+    notes = view.notes()
+    assert any(note.startswith("‡") for note in notes) != same
+    # What was used and what the paper has, side by side, also where they are the same.
+    paper = view.request.spec.role(role)
+    used = view.request.backbones[role]
+    assert f"{used} at {paper.image_size} px" in notes[0] and f"(the paper's: {paper})" in notes[0]
+    assert ("random weights" in notes[0]) == ("@" not in backbone)
+
+
+def drawn(name, request, rows):
+    """The figure of a table that rests on these rows."""
+    lines = [{key: str(value) for key, value in row.items()} for row in rows]
+    return request.spec.draw(View(request, lines))
+
+
+def test_fig4_is_drawn_of_all_backbones(tmp_path):
+    tasks = [task for task in TASKS if task.name in ("svhn", "dtd", "eurosat")]
+    request = request_of("vpt-fig4", tmp_path, tasks)
+    # By role and method: every mean is another; the largest backbone lacks a task of the natural ones.
+    given = {
+        role: Backbone.parse(f"{TINY}-{role}", 224) for role in ("vit-b", "vit-l", "vit-h")
+    }  # fmt: skip
+    request = dataclasses.replace(request, backbones=given)
+    rows = [
+        row_of(request, role, ROWS[method], task, seed, 0.1 * number + 0.3 * (method == "full"))
+        for number, role in enumerate(given)
+        for method in ("full", "vpt-deep")
+        for task in tasks
+        for seed in (42, 44)
+        if (role, task.name) != ("vit-h", "dtd")
+    ]
+    natural, specialized = drawn("vpt-fig4", request, rows).axes
+    assert natural.get_title() == "natural (2 of 7)" and specialized.get_title() == "specialized (1 of 4)"
+    assert [label.get_text() for label in natural.get_xticklabels()] == ["ViT-B/16", "ViT-L/16", "ViT-H/14"]
+    lines = {tuple(line.get_xdata()): list(line.get_ydata()) for line in natural.lines[:1]}
+    assert lines[0, 1] == pytest.approx([30, 40])
+    found = [(line.get_linestyle(), list(line.get_ydata())) for line in specialized.lines]
+    assert [stroke for stroke, _ in found] == ["-", "None", "-", "None"]
+    assert found[0][1] == pytest.approx([30, 40, 50]) and found[2][1] == pytest.approx([0, 10, 20])
+    # Table 1 has ViT-B alone.
+    assert [values for _, values in found[1::2]] == [[83.36], [82.43]]
+    assert drawn("vpt-fig4", request, []) is None
+
+
+def test_fig15_is_drawn_of_runs_and_their_ensemble(tmp_path):
+    (task,) = (task for task in TASKS if task.name == "eurosat")
+    request = request_of("vpt-fig15", tmp_path, [task])
+    rows = [row_of(request, MAIN, ROWS["linear"], task, seed, score) for seed, score in ((42, 0.6), (44, 0.7))]
+    together = rows[0] | {"stage": "ensemble", "accuracy": 0.8, "point": "base_lr=1;members=2"}
+    (axis,) = drawn("vpt-fig15", request, [*rows, together]).axes
+    assert axis.get_title() == "specialized (1 of 4)"
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["linear"]
+    points = {(line.get_marker(), line.get_markerfacecolor() == "none"): line.get_xdata() for line in axis.lines[1:]}
+    assert [float(points[marker, False][0]) for marker in "o^D"] == pytest.approx([65, 70, 80])
+    assert [float(points[marker, True][0]) for marker in "o^D"] == [77.1, 77.9, 77.7]
+    # Seeds that are there without an ensemble are shown all the same.
+    (axis,) = drawn("vpt-fig15", request, rows).axes
+    assert len(axis.lines) == 6 and drawn("vpt-fig15", request, []) is None
 
 
 def test_batches_and_lengths_are_those_of_table_9():
@@ -188,7 +281,7 @@ def test_a_table_is_laid_out_from_its_results_alike_each_time(name, vtab, tmp_pa
             path.unlink()
     assert set(kept[0]) == {f"{name}.md", f"{name}.tex"} and kept[0] == kept[1]
     said = capsys.readouterr().out
-    assert "Of another backbone, image size or protocol" in said
+    assert "Of another backbone, image size, protocol or other weights" in said
     assert ("**" in said) == (name not in TESTS)
     text = kept[0][f"{name}.md"].decode()
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
@@ -198,6 +291,30 @@ def test_a_table_is_laid_out_from_its_results_alike_each_time(name, vtab, tmp_pa
     for row in spec.rows:
         if row.missing:
             assert f"{row.title or row.name} (not in the library)" in text
+
+
+def test_seeds_that_all_agree_are_a_dash_with_a_reason(tmp_path):
+    tasks = [task for task in TASKS if task.name in ("cifar100", "svhn")]
+    request = request_of("vpt-fig16", tmp_path, tasks)
+
+    def laid_out(constant):
+        score = {"vpt-deep": 0.7, "full": 0.6}
+        lines = [
+            row_of(request, MAIN, row, task, seed, score[row.name] + 0.001 * (seed - 42) * (task.name not in constant))
+            for row in request.rows
+            for task in tasks
+            for seed in (42, 44)
+            if row.name in score
+        ]
+        table = vpt_main.rivals_by_task(View(request, [{key: str(one[key]) for key in FIELDS} for one in lines]))
+        place = [name for name, _ in table.rows].index(label(ROWS["full"]))
+        texts = dict(zip(table.heading[1:], (entry.text for entry in table.rows[place][1]), strict=True))
+        return texts, statistics.CONSTANT in table.notes
+
+    texts, said = laid_out(constant=["cifar100"])
+    assert said and texts["cifar100"] == "-" and 0 < float(texts["svhn"]) < 0.05
+    texts, said = laid_out(constant=[])
+    assert not said and 0 < float(texts["cifar100"]) < 0.05
 
 
 class Recorder:
@@ -343,6 +460,8 @@ def test_costs_are_laid_out_from_their_file(tmp_path, capsys):
     # Batches of four: 8 and 16 ms are 2 and 4 an image; the paper's 360.1 ms are those of a batch of 64.
     assert [cell.strip() for cell in deep.split("|")][3] == "2.00" and "| 4.00 |" in deep and "| 5.63 |" in deep
     assert "sidetune (not in the library)" in text and "0.50 (2.19" in deep
+    said = capsys.readouterr().out
+    assert "Protocol: quick, thinned to a few turns of small batches." in text and "0 tasks; quick, thinned" in said
     assert main(asked) == 0
     assert ((tmp_path / "vpt-12.md").read_bytes(), (tmp_path / "vpt-12.tex").read_bytes()) == kept
 

@@ -12,8 +12,8 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
+from bench.serve import serve
 from fastpeft.data import DataError
-from fastpeft.errors import FastPEFTError
 
 _WIDTH, _LINE, _LETTERS = 330, 14, 54
 
@@ -26,12 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--split", default="test", help="train, val or test [test]")
     parser.add_argument("--count", type=int, default=25, help="pictures [25]")
     given = parser.parse_args(arguments)
-    try:
-        draw(given.folder, given.split, given.count).save(given.out)
-    except (FastPEFTError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    return 0
+    return serve(lambda: draw(given.folder, given.split, given.count).save(given.out))
 
 
 def draw(folder: Path, split: str, count: int):

@@ -4,25 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from matplotlib.figure import Figure
+
+from bench.figures import backbones
 from bench.tables import cells, layouts
 from bench.tables.layout import Layout
 from bench.tables.measured import mean_of
 from bench.tables.protocol import ROWS, Row, held
 from bench.tables.spec import VTAB, Request, Role, Runs, TableSpec, View, every_row, label
-from bench.tables.tasks import group_size
 
-_SWIN = Role("main", "swin_base_patch4_window7_224", title="Swin-B")
-_MAE = Role(
-    "mae", weights="MAE on ImageNet-1k", title="MAE", model=(("global_pool", "avg"), ("fc_norm", True))
+_SWIN = Role(
+    "main", "swin_base_patch4_window7_224", title="Swin-B",
+    known_as=("swin_base_patch4_window7_224_22k.pth", "swin_base_patch4_window7_224.ms_in22k@hub"),
 )  # fmt: skip
-_MOCO = Role("mocov3", weights="MoCo v3 on ImageNet-1k", title="MoCo v3")
-_CONVNEXT = Role("convnext", "convnext_base", title="ConvNeXt-Base")
-_RESNET = Role("resnet", "resnet50", "supervised on ImageNet-1k", title="ResNet-50")
+_MAE = Role(
+    "mae", weights="MAE on ImageNet-1k", title="MAE", model=(("global_pool", "avg"), ("fc_norm", True)),
+    known_as=("mae_pretrain_vit_base.pth", "vit_base_patch16_224.mae@hub"),
+)  # fmt: skip
+_MOCO = Role(
+    "mocov3", weights="MoCo v3 on ImageNet-1k", title="MoCo v3",
+    known_as=("linear-vit-b-300ep.pth.tar", "mocov3_linear-vit-b-300ep.pth.tar"),
+)  # fmt: skip
+_CONVNEXT = Role(
+    "convnext", "convnext_base", title="ConvNeXt-Base",
+    known_as=("convnext_base_22k_224.pth", "convnext_base.fb_in22k@hub"),
+)  # fmt: skip
+# Which of the several ResNet-50 of ImageNet-1k the paper took it does not say.
+_RESNET = Role("resnet", "resnet50", "supervised on ImageNet-1k", title="ResNet-50", known_as=())
 _SCALES = (
     Role("vit-b"),
-    Role("vit-l", "vit_large_patch16_224", title="ViT-L/16"),
-    Role("vit-h", "vit_huge_patch14_224", title="ViT-H/14"),
-)
+    Role(
+        "vit-l", "vit_large_patch16_224", title="ViT-L/16",
+        known_as=("ViT-L_16.npz", "vit_large_patch16_224.orig_in21k@hub"),
+    ),
+    Role(
+        "vit-h", "vit_huge_patch14_224", title="ViT-H/14",
+        known_as=("ViT-H_14.npz", "vit_huge_patch14_224.orig_in21k@hub"),
+    ),
+)  # fmt: skip
 _LARGE = Role("384", image_size=384, model=(("pos_resize", "vpt"),))
 _SMALL = Role("224")
 
@@ -86,27 +105,41 @@ def plan_resolution(request: Request) -> Iterator[Runs]:
 
 def scales(view: View) -> Layout:
     """Fig. 4: groups of tasks by size of the backbone."""
-    roles = [role.name for role in view.request.spec.roles]
-    titles = [view.request.spec.role(role).title for role in roles]
-    groups = view.groups()
-    table = Layout("Backbone scales", ("method", *titles * len(groups)))
-    table.over = tuple(
-        (f"{group} ({len(names)} of {group_size(group) or len(names)})", len(roles)) for group, names in groups.items()
-    )
+    roles = view.request.spec.roles
+    groups, headings = view.groups(), layouts.group_heading(view)
+    table = Layout("Backbone scales", ("method", *[role.title for role in roles] * len(groups)))
+    table.over = tuple((heading, len(roles)) for heading in headings)
     for row in view.rows:
         entries = []
         for group, names in groups.items():
             for role in roles:
-                mean = mean_of(view.found(role).get(row.name, {}), names)
-                printed = None
-                if role == "vit-b":
-                    where = {"method": row.name, "task": "group_mean", "group": group, "metric": "accuracy"}
-                    printed = cells.cell("vpt_table01", **where)
-                paper = view.paper(printed, role, view.whole(group), "{:.2f}")
+                mean = mean_of(view.found(role.name).get(row.name, {}), names)
+                paper = view.paper(_printed_scale(role, row, group), role.name, view.whole(group), "{:.2f}")
                 entries.append(layouts.number(mean, "{:.2f}", paper, ranked=row.name != "full"))
         table.rows.append((label(row), entries))
     table.notes.append("The paper prints numbers for ViT-B alone (Table 1). Bold: the best but for full fine-tuning.")
     return table
+
+
+def _printed_scale(role: Role, row: Row, group: str) -> cells.Cell | None:
+    """The paper's mean of a group, of ViT-B alone."""
+    if role.name != "vit-b":
+        return None
+    return cells.cell("vpt_table01", method=row.name, task="group_mean", group=group, metric="accuracy")
+
+
+def draw_scales(view: View) -> Figure | None:
+    """Fig. 4 as the paper has it."""
+    roles = view.request.spec.roles
+    ours: dict[str, dict[str, list[float | None]]] = {}
+    papers: dict[str, dict[str, list[float | None]]] = {}
+    for heading, (group, names) in zip(layouts.group_heading(view), view.groups().items(), strict=True):
+        for row in view.rows:
+            tables = [view.found(role.name).get(row.name, {}) for role in roles]
+            printed = [_printed_scale(role, row, group) for role in roles]
+            ours.setdefault(heading, {})[row.name] = [mean_of(tasks, names) for tasks in tables]
+            papers.setdefault(heading, {})[row.name] = [cell and cell.value for cell in printed]
+    return backbones.by_backbone([role.title for role in roles], ours, papers)
 
 
 TABLES = {
@@ -132,6 +165,6 @@ TABLES = {
         "VPT, Table 11", (*ROWS.values(), *_LONG), resolution, roles=(_LARGE, _SMALL), plan=plan_resolution, groups=VTAB
     ),
     "vpt-fig4": TableSpec(
-        "VPT, Fig. 4", _rows("full", "linear", "vpt-shallow", "vpt-deep"), scales, roles=_SCALES
+        "VPT, Fig. 4", _rows("full", "linear", "vpt-shallow", "vpt-deep"), scales, roles=_SCALES, draw=draw_scales
     ),
 }  # fmt: skip

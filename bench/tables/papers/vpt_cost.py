@@ -66,9 +66,7 @@ def costs(view: View) -> Layout:
             entries += [_measured(line, field, form) for field, form, _, _ in _COLUMNS.values()]
         for _, form, metric, divisor in _COLUMNS.values():
             cell = _printed(row, metric)
-            entries.append(
-                Entry(form.format(cell.value / divisor) + ("?" if str(cell).endswith("?") else "")) if cell else Entry()
-            )
+            entries.append(Entry(form.format(cell.value / divisor) + cell.mark) if cell else Entry())
         table.rows.append((label(row), entries))
     where = case_of(view.request, ROWS["linear"]) if view.request.backbones else None
     if where is not None:

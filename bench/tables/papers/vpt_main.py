@@ -60,19 +60,22 @@ def rivals_by_task(view: View) -> Layout:
     """Fig. 16: Welch's t-test of VPT-Deep against each rival, task by task."""
     names = [name for its in view.groups().values() for name in its]
     table = Layout("VPT-Deep against its rivals, Welch's t, one-tailed", ("rival", *names))
-    found = view.found()
+    found, pairs = view.found(), []
     for row in view.rows:
         if row.name == "vpt-deep":
             continue
         entries = []
         for name in names:
             pair = [found.get(who, {}).get(name, Measured()).accuracies for who in ("vpt-deep", row.name)]
+            pairs.append(pair)
             test = statistics.welch(*pair)
             printed = cells.cell("vpt_fig16", method=f"vpt-deep>{row.name}", task=name)
             paper = view.paper(printed, form="{:.0e}")
             entries.append(Entry(paper=paper) if test is None else Entry(f"{test.p:.2g}", None, paper))
         table.rows.append((label(row), entries))
     table.notes.append("Seeds against seeds, unequal variances.")
+    if any(statistics.constant(*pair) for pair in pairs):
+        table.notes.append(statistics.CONSTANT)
     return table
 
 
