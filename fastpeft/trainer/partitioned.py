@@ -20,6 +20,20 @@ from fastpeft.engine.block import BlockState
 from fastpeft.trainer.stepper import Stepper, offloading, state_keys
 
 
+@contextlib.contextmanager
+def functions_put_back() -> Iterator[None]:
+    """Give `torch.nn.functional.linear` back to the process, which DeepSpeed replaces for good.
+
+    Its own keeps input and weight for the backward pass whether or not the weight is trained, and so would every model
+    that is run after a run at stage 3 in the same process.
+    """
+    linear = nn.functional.linear
+    try:
+        yield
+    finally:
+        nn.functional.linear = linear
+
+
 class PartitionedStepper(Stepper):
     """A `Stepper` for stage 3.
 

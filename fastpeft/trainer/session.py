@@ -15,7 +15,7 @@ from fastpeft.trainer.feature_store import FeatureStore
 from fastpeft.trainer.folder import RunFolder
 from fastpeft.trainer.logs import Logs
 from fastpeft.trainer.loop import Loop
-from fastpeft.trainer.partitioned import PartitionedStepper
+from fastpeft.trainer.partitioned import PartitionedStepper, functions_put_back
 from fastpeft.trainer.report import Reporter
 from fastpeft.trainer.stepper import Stepper
 from fastpeft.trainer.task import blame
@@ -56,7 +56,8 @@ def run(
             report.say(f"{folder.root} is finished; --fresh would train again")
             _close(finished, folder, report)
             return finished
-        return _train(config, source, folder, report, ranks, started, store)
+        with functions_put_back():
+            return _train(config, source, folder, report, ranks, started, store)
     finally:
         folder.release()
 

@@ -167,3 +167,12 @@ def test_fp16_is_refused(write_config):
 
     with pytest.raises(ConfigError, match="stage 3 reduces gradients before they are unscaled"):
         load_config(str(write_config(train={"zero": 3, "precision": "fp16"})), [])
+
+
+def test_a_run_leaves_torchs_functions_as_they_were(train, write_config, tmp_path):
+    linear, used = torch.nn.functional.linear, []
+    begin = loop.Loop.run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Loop, "run", lambda self, logs: used.append(torch.nn.functional.linear) or begin(self, logs))
+        assert train(write_config(train={"zero": 3, "epochs": 2}, out=str(tmp_path / "out")))[0] == 0
+    assert used and used[0] is not linear and torch.nn.functional.linear is linear

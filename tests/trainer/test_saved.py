@@ -46,6 +46,35 @@ def test_nothing_is_held_afterwards():
     assert saved.total and graph() is None
 
 
+def test_what_is_given_back_before_the_end_is_left_out_and_its_place_counted_again():
+    weight = torch.ones(64, 64, requires_grad=True)
+    with SavedBytes([weight]) as saved:
+        places = set()
+        for _ in range(20):
+            y = weight.exp()
+            assert saved.total == y.nbytes
+            places.add(y.data_ptr())
+            del y
+            assert saved.total == 0
+        kept = [weight.exp() for _ in range(20)]
+        # Otherwise the test shows nothing: some of these lie where the ones before were.
+        assert places & {y.data_ptr() for y in kept}
+    assert saved.total == 20 * weight.nbytes
+    del kept
+    assert saved.total == 20 * weight.nbytes
+
+
+def test_what_a_pass_replaces_hides_nothing():
+    for _ in range(20):
+        model = torch.nn.Module()
+        model.register_buffer("step", torch.zeros(64, 64))
+        x = torch.ones(64, 64, requires_grad=True)
+        with SavedBytes(model.buffers()) as saved:
+            model.step = model.step + 1
+            y = x.exp()
+        assert saved.total == y.nbytes
+
+
 def gradients(method: str, dtype: torch.dtype, counted: bool) -> tuple[float, dict[str, torch.Tensor]]:
     torch.manual_seed(3)
     model = patched(METHODS[method], dtype=dtype).train()
