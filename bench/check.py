@@ -23,8 +23,8 @@ from bench.cost.compare import ALLOWED, Change, Comparison, Record
 from bench.cost.methods import OURS
 from bench.cpu import idle
 from bench.record import default_path
-from bench.serve import serve
 from bench.tables.errors import TableError
+from fastpeft._serve import serve
 
 SELECTION = ("vpt-deep-1", "vpt-deep-200", "lora-qkv-8", "prompt_attention")
 _ROOT = Path(__file__).resolve().parents[1]

@@ -24,8 +24,8 @@ from rich.table import Table
 from bench.cases import token_rows
 from bench.memory import in_subprocess
 from bench.paths import PATHS, Setting
-from bench.serve import serve
 from bench.timing import Timing, environment, floor, interleave
+from fastpeft._serve import serve
 from fastpeft.config import Config
 from fastpeft.errors import FastPEFTError
 from fastpeft.trainer import checkpoint, launch, results, session

@@ -32,7 +32,7 @@ from bench.device_parts.rows import Results, Row, failed
 from bench.device_parts.settings import DTYPES, Settings
 from bench.device_parts.workers import Turns, Worker
 from bench.record import Record, default_path
-from bench.serve import GOES_ON, serve
+from fastpeft._serve import GOES_ON, serve
 from fastpeft.ops.choose import chip_of
 
 PARTS = ("verify", "tune", "ops", "steps", "compiled", "mplug", "zero", "summary")

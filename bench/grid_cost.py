@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 
 from bench.record import Record, default_path
-from bench.serve import serve
 from bench.tables import study, together
 from bench.tables.errors import unknown
 from bench.tables.job import Backbone, Job
 from bench.tables.protocol import ROWS, Protocol
 from bench.tables.results import Results
+from fastpeft._serve import serve
 from fastpeft.trainer import launch
 from fastpeft.trainer.feature_store import FeatureStore
 

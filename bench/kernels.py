@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bench.serve import serve
+from fastpeft._serve import serve
 
 if TYPE_CHECKING:
     from fastpeft.kernels._compile import Compiled

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from bench.record import Record, default_path
-from bench.serve import GOES_ON, serve
 from bench.timing import interleave
 from bench.tolerance import relative_error
 from fastpeft import _native
+from fastpeft._serve import GOES_ON, serve
 from fastpeft.ops.adapter import adapter
 from fastpeft.ops.choose import Chip, unavailable
 from fastpeft.ops.layer_norm import add_layer_norm

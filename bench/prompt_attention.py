@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.record import Record, default_path
-from bench.serve import serve
 from bench.timing import interleave
+from fastpeft._serve import serve
 from fastpeft.ops.prompt_attention import prompt_attention
 
 # (batch, heads, queries, tokens, prompts, head dim)

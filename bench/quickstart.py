@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from bench.record import Record, default_path
-from bench.serve import GOES_ON, serve
+from fastpeft._serve import GOES_ON, serve
 
 _ROOT = Path(__file__).resolve().parents[1]
 _KEPT = ("model", "trained_parameters", "trained_share", "seconds", "ms_per_image", "precision", "threads")

@@ -29,7 +29,7 @@ import psutil
 
 from bench.record import RESULTS, Record, default_path
 from bench.scale_parts import runs
-from bench.serve import GOES_ON, serve
+from fastpeft._serve import GOES_ON, serve
 
 PARTS = ("parity", "resume", "peak")
 _CASES = (("vit", "vpt"), ("mplug", "lora"), ("mplug", "prefix"))

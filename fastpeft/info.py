@@ -14,6 +14,7 @@ import sys
 import torch
 
 from fastpeft import _cuda, _native
+from fastpeft._serve import serve
 from fastpeft.ops.choose import chip_of, table
 
 # Package -> what fastpeft uses it for.
@@ -105,12 +106,15 @@ def _operators() -> dict[str, str]:
 
 def main() -> int:
     """Print the report."""
+    return serve(_print)
+
+
+def _print() -> None:
     for section, entries in describe().items():
         print(section)
         width = max(map(len, entries))
         for name, value in entries.items():
             print(f"  {name:<{width}}  {value}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import fastpeft
+from fastpeft._serve import serve
 from fastpeft.errors import FastPEFTError
 
 _NEEDED = {
@@ -116,21 +117,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.top < 1:
         parser.error(f"--top must be at least 1, got {options.top}")
+    return serve(lambda: _predict(options), "what was printed stands")
+
+
+def _predict(options: argparse.Namespace) -> int:
     code = 0
-    try:
-        for line in Predictor(options.adapter, options.weights).lines(options.images, options.top):
-            if isinstance(line, FastPEFTError):
-                code = _fail(line)
-            else:
-                print(line, flush=True)
-    except FastPEFTError as error:
-        return _fail(error)
+    for line in Predictor(options.adapter, options.weights).lines(options.images, options.top):
+        if isinstance(line, FastPEFTError):
+            print(f"error: {' '.join(str(line).split())}", file=sys.stderr, flush=True)
+            code = 2
+        else:
+            print(line, flush=True)
     return code
-
-
-def _fail(error: Exception) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    return 2
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from bench.analyses.gradcam import grad_cam
 from bench.analyses.images import SPLITS, ImageSet, open_files, open_set
 from bench.analyses.integrated import integrated_gradients
 from bench.analyses.runs import Run, check_labels, open_runs, probabilities
-from bench.serve import serve
+from fastpeft._serve import serve
 from fastpeft.trainer.report import Reporter
 
 KINDS = ("grad-cam", "integrated-gradients")

@@ -28,9 +28,9 @@ from bench.analyses.errors import AnalysisError
 from bench.analyses.extractors import Extractor, open_extractor
 from bench.analyses.frechet import Gaussian, Moments, distance
 from bench.analyses.images import ImageSet, batches, open_set
-from bench.serve import serve
 from bench.tables import cells
 from bench.tables.layout import Entry, Layout
+from fastpeft._serve import serve
 from fastpeft.data import ImageDataset
 from fastpeft.data.resize import RESIZE_MODES
 from fastpeft.trainer.report import Reporter

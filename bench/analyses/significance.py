@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 
 from bench.analyses import accuracies, command, effects
 from bench.analyses.errors import AnalysisError
-from bench.serve import serve
 from bench.tables import statistics
 from bench.tables.layout import Entry, Layout
 from bench.tables.tasks import TASKS
+from fastpeft._serve import serve
 
 _LEVEL = 0.05
 Seeds = Mapping[str, Mapping[int, float]]

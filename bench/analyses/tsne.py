@@ -23,7 +23,7 @@ from bench.analyses import command
 from bench.analyses.errors import AnalysisError
 from bench.analyses.images import SPLITS, open_set
 from bench.analyses.runs import check_labels, embeddings, open_runs
-from bench.serve import serve
+from fastpeft._serve import serve
 from fastpeft.trainer.report import Reporter
 
 _NEIGHBOURS = 10

@@ -22,8 +22,8 @@ from bench.cpu.rows import Settings, rows
 from bench.cpu.shapes import Models
 from bench.device_parts.rows import outcome
 from bench.record import Record, default_path
-from bench.serve import GOES_ON, serve
 from bench.tables.errors import TableError
+from fastpeft._serve import GOES_ON, serve
 
 
 def main(argv: Sequence[str] | None = None) -> int:

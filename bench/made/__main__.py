@@ -21,8 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import bench.made
-from bench.serve import GOES_ON, serve
 from bench.tables.errors import unknown
+from fastpeft._serve import GOES_ON, serve
 
 
 def makers() -> dict[str, Callable[..., None]]:

@@ -24,8 +24,8 @@ from bench.mplug_cost import tables
 from bench.mplug_cost.cases import DTYPES, IMAGES, METHODS, TASKS, cases
 from bench.mplug_cost.rows import PARTS, rows
 from bench.record import Record, default_path
-from bench.serve import GOES_ON, serve
 from bench.tables.errors import TableError
+from fastpeft._serve import GOES_ON, serve
 
 
 def main(argv: Sequence[str] | None = None) -> int:

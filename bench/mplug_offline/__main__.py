@@ -26,10 +26,10 @@ from bench.mplug_study.corpora import Corpus
 from bench.mplug_study.job import SCHEMA, Base
 from bench.mplug_study.protocol import CAPTION, VQA
 from bench.mplug_study.tables import FIGURES, write
-from bench.serve import GOES_ON, serve
 from bench.tables import files
 from bench.tables.errors import TableError, unknown
 from bench.tables.results import Results
+from fastpeft._serve import GOES_ON, serve
 from fastpeft.trainer.feature_store import DEFAULT_LIMIT, FeatureStore
 from fastpeft.trainer.report import Reporter
 

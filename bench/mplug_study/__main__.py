@@ -23,10 +23,10 @@ from bench.mplug_study.job import SCHEMA, Base, MPlugJob
 from bench.mplug_study.methods import TUNINGS
 from bench.mplug_study.protocol import of_study
 from bench.mplug_study.tables import FIGURES, write
-from bench.serve import GOES_ON, serve
 from bench.tables import study
 from bench.tables.errors import TableError, unknown
 from bench.tables.results import Results
+from fastpeft._serve import GOES_ON, serve
 from fastpeft.trainer.feature_store import DEFAULT_LIMIT, GIBIBYTE, FeatureStore
 from fastpeft.trainer.report import Reporter
 

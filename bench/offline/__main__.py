@@ -19,11 +19,11 @@ from pathlib import Path
 from bench.figures import catalogue
 from bench.offline import data, plan, tables
 from bench.offline.run import ShortJob
-from bench.serve import GOES_ON, serve
 from bench.tables import study
 from bench.tables.errors import TableError, unknown
 from bench.tables.protocol import Row, best
 from bench.tables.results import Results
+from fastpeft._serve import GOES_ON, serve
 from fastpeft.trainer.feature_store import DEFAULT_LIMIT, FeatureStore
 from fastpeft.trainer.report import Reporter
 

@@ -21,11 +21,11 @@ import sys
 from pathlib import Path
 
 from bench.offline import plan, tables
-from bench.serve import serve
 from bench.tables import cells
 from bench.tables.errors import TableError, unknown
 from bench.tables.measured import Measured, collect
 from bench.tables.results import Line, Results
+from fastpeft._serve import serve
 from fastpeft.errors import FastPEFTError
 
 _MARK = re.compile(r"<!--=(?P<what>[^>]+?)-->(?P<old>.*?)<!--/-->", re.DOTALL)

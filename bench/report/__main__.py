@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from bench.report.page import build
-from bench.serve import serve
 from bench.tables import files
+from fastpeft._serve import serve
 
 
 def main(arguments: list[str] | None = None) -> int:

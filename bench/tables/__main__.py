@@ -20,7 +20,6 @@ from pathlib import Path
 
 from bench import mplug_study
 from bench.figures import catalogue, style
-from bench.serve import GOES_ON, serve
 from bench.tables import study
 from bench.tables.backbones import lacking
 from bench.tables.errors import TableError, unknown
@@ -30,6 +29,7 @@ from bench.tables.request import backbones_of
 from bench.tables.results import Results
 from bench.tables.spec import Request, TableSpec, View
 from bench.tables.tasks import Task, find
+from fastpeft._serve import GOES_ON, serve
 from fastpeft.trainer.feature_store import DEFAULT_LIMIT, GIBIBYTE, FeatureStore
 from fastpeft.trainer.report import Reporter
 

@@ -12,7 +12,7 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
-from bench.serve import serve
+from fastpeft._serve import serve
 from fastpeft.data import DataError
 
 _WIDTH, _LINE, _LETTERS = 330, 14, 54

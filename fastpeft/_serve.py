@@ -1,4 +1,4 @@
-"""How a command of this package ends: with what it made, or with one line that says why not."""
+"""How a command ends: with what it made, or with one line that says why not."""
 
 from __future__ import annotations
 

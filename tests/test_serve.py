@@ -9,7 +9,8 @@ import os
 
 import pytest
 
-from bench.serve import GOES_ON, UNREAD, serve
+from fastpeft import info
+from fastpeft._serve import GOES_ON, UNREAD, serve
 from fastpeft.errors import FastPEFTError
 
 
@@ -105,4 +106,11 @@ def test_commands_whose_output_nobody_reads(unread, capfd, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     with contextlib.redirect_stdout(unread):
         assert command.main(QUICK[name]) == UNREAD
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("unread", ["buffered"], indirect=True)
+def test_a_report_that_nobody_reads(unread, capfd):
+    with contextlib.redirect_stdout(unread):
+        assert info.main() == UNREAD
     assert capfd.readouterr() == ("", "")
