@@ -14,7 +14,6 @@ A row that passed is not measured again.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import subprocess
@@ -24,8 +23,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from bench.record import RESULTS, Record, default_path
 from bench.scale_parts import runs
@@ -69,7 +66,7 @@ def _serve(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
                 started = time.monotonic()
                 try:
                     row = measure()
-                except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
+                except (RuntimeError, OSError) as error:
                     row = {"error": " ".join(str(error).split())[-1500:]}
                 row["seconds"] = round(time.monotonic() - started, 1)
                 row |= {"tiny": True} if options.tiny else {}
@@ -131,19 +128,7 @@ def _interrupted(tree: dict[str, Any], ranks: int) -> None:
         if process.poll() is not None:
             said.seek(0)
             raise RuntimeError(f"ended before it was interrupted: {said.read().decode(errors='replace')[-800:]}")
-        _kill(process.pid)
-        process.wait()
-
-
-def _kill(launcher: int) -> None:
-    """End a command and all that it started at once, as when a machine is taken away."""
-    command = psutil.Process(launcher)
-    family = [*command.children(recursive=True), command]
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    # The command itself is its parent's to wait for.
-    psutil.wait_procs(family[:-1], timeout=60)
+        runs.kill(process)
 
 
 def _peak(folder: Path, tiny: bool) -> Iterator[Row]:
@@ -158,6 +143,7 @@ def _peak(folder: Path, tiny: bool) -> Iterator[Row]:
             "bound": PEAK_BOUND,
             "seconds_per_step": {form: ranks[0]["steps"][-1]["seconds"] for form, ranks in found.items()},
             "parameters": found["patched"][0]["parameters"],
+            "products": found["patched"][0]["products"],
             **found,
         }
 
@@ -170,11 +156,7 @@ def _step(folder: Path, model: str, method: str, form: str) -> list[dict[str, An
     out = folder / f"{model}-{method}-{form}"
     options = ["--model", model, "--method", method, "--form", form, "--out", str(out)]
     script = [str(runs.ROOT / "bench" / "scale_parts" / "step.py"), *options]
-    done = subprocess.run(
-        [*runs.launcher(2), *script], env=runs.environment(), capture_output=True, text=True, timeout=1800, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"{form}: {(done.stderr or done.stdout).strip()[-1500:]}")
+    runs.ended([*runs.launcher(2), *script], form, 1800)
     return [json.loads(out.with_name(f"{out.name}.{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,10 +10,12 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from bench.scale_parts.data import make_captions, make_folder
@@ -132,14 +135,45 @@ def run(tree: Mapping[str, Any], ranks: int, *, seconds: float = 1800.0, saying:
     path.parent.mkdir(parents=True, exist_ok=True)
     # JSON is YAML, too.
     path.write_text(json.dumps(tree))
-    done = subprocess.run(
-        command(path, ranks), capture_output=True, text=True, timeout=seconds, env=environment(), cwd=ROOT, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"{path.stem}: {(done.stderr or done.stdout).strip()[-1500:]}")
-    if saying not in done.stdout:
-        raise RuntimeError(f"{path.stem}: did not say {saying!r}: {done.stdout.strip()[-1500:]}")
+    said = ended(command(path, ranks), path.stem, seconds)
+    if saying not in said:
+        raise RuntimeError(f"{path.stem}: did not say {saying!r}: {said.strip()[-1500:]}")
     return json.loads((out / "results.json").read_text())
+
+
+def ended(words: list[str], name: str, seconds: float) -> str:
+    """Run a command line to its end and return its output.
+
+    Raises:
+        RuntimeError: It failed, or was not done in time; then nothing of it goes on.
+    """
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(words, stdout=out, stderr=err, text=True, env=environment(), cwd=ROOT)
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"{name}: not done after {seconds:.0f} s") from None
+        finally:
+            if process.poll() is None:
+                kill(process)
+        out.seek(0)
+        err.seek(0)
+        said, failed = out.read(), err.read()
+    if status:
+        raise RuntimeError(f"{name}: {(failed or said).strip()[-1500:]}")
+    return said
+
+
+def kill(process: subprocess.Popen) -> None:
+    """End a command and all that it started at once, as when a machine is taken away."""
+    command = psutil.Process(process.pid)
+    family = [*command.children(recursive=True), command]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    # The command itself is its parent's to wait for.
+    psutil.wait_procs(family[:-1], timeout=60)
+    process.wait()
 
 
 def command(path: Path, ranks: int) -> list[str]:

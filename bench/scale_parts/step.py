@@ -3,11 +3,13 @@
 The plain form is the same method on the model as it is, which DeepSpeed gathers layer by layer: LoRA by Hugging Face's
 peft on mPLUG, and the textbook methods on timm's ViT. Attention is torch's fused one in both. Both forms have the same
 random weights in bf16 and the same options of stage 3. What is measured is the step: the peak is reset before it.
+A CPU without instructions for bf16 takes the products in fp32.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import json
@@ -21,6 +23,7 @@ from torch import nn
 
 import fastpeft
 from bench.literal.build import apply
+from bench.scale_parts import products
 from fastpeft._compat import import_timm
 from fastpeft.models.mplug import MPlug, MPlugConfig
 from fastpeft.trainer import launch, precision
@@ -92,6 +95,7 @@ def main() -> None:
         "parameters": sum(parameter.ds_numel for parameter in model.parameters()),
         "trained": sum(parameter.ds_numel for parameter in named.values()),
         "steps": found,
+        "products": "bf16" if products.native() else "fp32",
         "left_gathered": sum(parameter.numel() for parameter in model.parameters()),
     }
     options.out.with_name(f"{options.out.name}.{ranks.rank}.json").write_text(json.dumps(summary))
@@ -171,10 +175,11 @@ def _measured(stepper: Stepper, step) -> dict[str, float]:
     if not forget_peak():
         raise OSError("/proc/self/clear_refs has no effect: the peak of a step cannot be told from those before it")
     started = time.perf_counter()
-    with precision.autocast(torch.device("cpu"), torch.bfloat16):
-        loss = step()
-    stepper.backward(loss)
-    stepper.step()
+    with contextlib.nullcontext() if products.native() else products.in_fp32():
+        with precision.autocast(torch.device("cpu"), torch.bfloat16):
+            loss = step()
+        stepper.backward(loss)
+        stepper.step()
     return {
         "loss": float(loss),
         "resident_mb": before,

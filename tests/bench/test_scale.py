@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 
+import psutil
 import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import scale
-from bench.scale_parts import runs
+from bench.scale_parts import products, runs
+from tests.kernels.close import error
 
 VIT = "vit/vpt/zero2"
 LOSSES = [2.0 - 0.05 * step for step in range(runs.STEPS)]
@@ -105,7 +111,7 @@ def test_a_run_that_fails_is_a_row_with_its_error(scaled, pretended):
 def step_of(peaks, seconds=1.0):
     """What both ranks say of a form."""
     steps = [{"peak_mb": peak, "seconds": seconds} for peak in peaks]
-    return [{"steps": steps, "parameters": 7}, {"steps": steps[:1], "parameters": 7}]
+    return [{"steps": taken, "parameters": 7, "products": "bf16"} for taken in (steps, steps[:1])]
 
 
 @pytest.mark.parametrize("patched, passed", [(100.0, True), (102.0, True), (102.1, False)])
@@ -118,6 +124,58 @@ def test_a_peak_is_the_largest_of_all_steps_and_ranks(patched, passed, scaled, m
     for row in rows.values():
         assert row["passed"] is passed and row["peak_mb"] == {"patched": patched, "plain": 100.0}
         assert row["bound"] == scale.PEAK_BOUND and row["parameters"] == 7
+
+
+def test_what_takes_too_long_leaves_nothing_behind(tmp_path):
+    seen = tmp_path / "child"
+    child = f"import os, time; open({str(seen)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    with pytest.raises(RuntimeError, match="a step: not done after 5 s"):
+        runs.ended([sys.executable, "-c", parent], "a step", 5)
+    assert not psutil.pid_exists(int(seen.read_text()))
+
+
+class Wide(TorchDispatchMode):
+    """Notes which products are taken in fp32, and whether any is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in products._PRODUCTS:
+            assert all(t.dtype is torch.float32 for t in args if isinstance(t, torch.Tensor)), func
+            self.found.add(func)
+        return func(*args, **(kwargs or {}))
+
+
+def layers(x, weight, bias, patches):
+    """A bit of a transformer, forward and backward."""
+    rows = F.conv2d(x, patches, stride=4).flatten(2).transpose(1, 2)
+    hidden = F.linear(rows, weight, bias) @ weight
+    heads = hidden.unflatten(-1, (2, 8)).transpose(1, 2)
+    attended = F.scaled_dot_product_attention(heads, heads, heads)
+    out = attended @ heads.transpose(-1, -2)
+    return out.float().square().mean()
+
+
+def test_products_in_fp32_are_those_of_bf16():
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, 16, 16), torch.randn(16, 16) / 4, torch.randn(16) / 4, torch.randn(16, 3, 4, 4) / 7]
+    exact = [t.bfloat16().double().requires_grad_() for t in inputs]
+    layers(*exact).backward()
+    native = [t.bfloat16().requires_grad_() for t in inputs]
+    expected = layers(*native)
+    expected.backward()
+    ours = [t.bfloat16().requires_grad_() for t in inputs]
+    with Wide() as seen, products.in_fp32():
+        found = layers(*ours)
+        found.backward()
+    assert len(seen.found) >= 6
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)
+    for one, other, true in zip(ours, native, exact, strict=True):
+        assert one.grad.dtype is torch.bfloat16
+        assert error(one.grad, true.grad) <= 1.5 * error(other.grad, true.grad)
 
 
 def test_what_is_in_little_is_kept_apart(tmp_path, pretended, scaled, capsys):
