@@ -79,7 +79,7 @@ def compare(
             name,
             fused_error,
             literal_error,
-            _bound(max(literal_error, usual), dtype),
+            allowed_error(max(literal_error, usual), dtype),
             worst_place(results["fused"][name], results["reference"][name]),
         )
         for name, (fused_error, literal_error) in errors.items()
@@ -105,7 +105,8 @@ def _error(x: Tensor, reference: Tensor) -> float:
     return relative_error(x, reference, size=float(reference.norm()) or 1.0)
 
 
-def _bound(baseline: float, dtype: torch.dtype) -> float:
+def allowed_error(baseline: float, dtype: torch.dtype) -> float:
+    """How far a tensor of a step may be from float64's, given how far the literal step's is."""
     # In float64 the literal step is the reference itself.
     return _CAP[dtype] if dtype == torch.float64 else bound(baseline, dtype, _CAP[dtype])
 

@@ -39,14 +39,28 @@ def _packed(rows: int) -> Way:
     return way
 
 
-def _ways(rows: int, device: torch.device | str = "cpu") -> dict[str, Way]:
-    """The ways that this build of torch has. A weight is given as it is or transposed, which each reads as it comes."""
+def _ways(rows: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Way]:
+    """The ways that this build of torch has for a number format on this chip.
+
+    A weight is given as it is or transposed, which each reads as it comes.
+    """
     if torch.device(device).type == "cuda":
         return {"mm into memory": _product}  # the others end in the same kernels, and a clock here would not see them
     ways: dict[str, Way] = {"linear": _linear, "mm into memory": _product}
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+    if _packs(dtype):
         ways["linear, prepacked"] = _packed(rows)
     return ways
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN packs a weight of this number format; of bf16 only where the CPU multiplies it."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return False
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=dtype), 16)
+    except RuntimeError:
+        return False
+    return True
 
 
 class Product(NamedTuple):
@@ -98,7 +112,7 @@ class Products:
         for w, rows in products:
             shape = (rows, *w.shape)
             if shape not in fastest:
-                ways = _ways(rows, w.device)
+                ways = _ways(rows, w.device, w.dtype)
                 alike = [other for other, count in products if (count, *other.shape) == shape][:_TRIED]
                 name = self._fastest({name: [way(v) for v in alike] for name, way in ways.items()}, shape)
                 fastest[shape] = ways[name]

@@ -129,7 +129,7 @@ def test_all_ways_to_multiply_agree():
 
     x, w = torch.randn(40, 64).bfloat16(), torch.randn(96, 64).bfloat16()
     for given in (w, w.t().contiguous().t()):
-        for way in floor._ways(40).values():
+        for way in floor._ways(40, dtype=x.dtype).values():
             y = torch.empty(40, 96, dtype=torch.bfloat16)
             torch.testing.assert_close(way(given)(x, y), x @ w.t(), rtol=0.02, atol=0.2)
 

