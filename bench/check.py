@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from bench.cost import compare
-from bench.cost.compare import ALLOWED, Change, Comparison, Record
+from bench.cost.compare import ALLOWED, RATIOS, Change, Comparison, Record
 from bench.cost.methods import OURS
 from bench.cpu import idle
 from bench.record import default_path
@@ -79,6 +79,7 @@ def check(before: Sequence[Record], run: Run, say: Callable[[str], None]) -> int
         say(f"bench-check: not comparable with the committed results: {first.different}")
         return 2
     gone = sorted({f"{row} {phase}" for row, phase, who, _ in first.alone if who == OURS})
+    gone += sorted(f"{RATIOS[figure]} of {key[0]} {key[1]}" for key, figure in first.without if key[2] == OURS)
     suspects = first.regressions()
     confirmed: list[Change] = []
     if suspects:

@@ -22,6 +22,7 @@ from bench.analyses import accuracies, command, effects
 from bench.analyses.errors import AnalysisError
 from bench.tables import statistics
 from bench.tables.layout import Entry, Layout
+from bench.tables.measured import mean
 from bench.tables.tasks import TASKS
 from fastpeft._serve import serve
 
@@ -124,7 +125,7 @@ def over_tasks(ours: Seeds, rivals: Mapping[str, Seeds]) -> list[OverTasks]:
             continue
         first = {task: list(ours[task].values()) for task in tasks}
         second = {task: list(theirs[task].values()) for task in tasks}
-        pairs = [(fmean(first[task]), fmean(second[task])) for task in tasks]
+        pairs = [(mean(first[task]), mean(second[task])) for task in tasks]
         test = statistics.wilcoxon(first, second)
         found.append(
             OverTasks(

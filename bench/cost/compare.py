@@ -56,11 +56,13 @@ class Comparison:
         changes: of all ratios that both have.
         different: what keeps runs from being compared at all, or "".
         alone: keys that the run before has and the one after has not.
+        without: ratios, by key and figure, that the run before has and the one after lacks.
     """
 
     changes: tuple[Change, ...]
     different: str = ""
     alone: tuple[Key, ...] = ()
+    without: tuple[tuple[Key, str], ...] = ()
 
     def regressions(self, allowed: float = ALLOWED) -> list[Change]:
         """Ours that grew by more than is allowed, the worst first."""
@@ -115,7 +117,16 @@ def compare(before: Iterable[Record], after: Iterable[Record]) -> Comparison:
         for figure in RATIOS
         if then[key].get(figure) and figure in record
     ]
-    return Comparison(tuple(changes), "", tuple(key for key in then if key not in now))
+    alone = tuple(key for key in then if key not in now)
+    # A peak, for one, whose process was ended for want of memory.
+    without = tuple(
+        (key, figure)
+        for key, record in now.items()
+        if key in then
+        for figure in RATIOS
+        if then[key].get(figure) and figure not in record
+    )
+    return Comparison(tuple(changes), "", alone, without)
 
 
 def _different(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
@@ -140,5 +151,7 @@ def lines(comparison: Comparison, allowed: float = ALLOWED) -> list[str]:
     if comparison.alone:
         names = dict.fromkeys(f"{row} {phase}" for row, phase, *_ in comparison.alone)
         found.append(f"not in this run: {', '.join(names)}")
+    for (row, phase, who, _), figure in comparison.without:
+        found.append(f"not measured in this run: {RATIOS[figure]} of {row}, {phase}, {who}")
     count = len(comparison.regressions(allowed))
     return [*found, f"{count} of our ratios grew by more than {allowed:.0%}."]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
+from bench.tables.errors import TableError
 from bench.tables.job import Backbone
 from bench.tables.protocol import Protocol
 from bench.tables.results import Line
@@ -15,7 +17,7 @@ class Measured:
     """A method on a task: one entry a seed.
 
     Attributes:
-        accuracies: of the test images, in percent.
+        accuracies: of the test images, in percent, in the order of the file.
         trained: parameters.
         backbone: parameters.
         points: the chosen settings.
@@ -29,7 +31,7 @@ class Measured:
     @property
     def mean(self) -> float:
         """Of the accuracies."""
-        return fmean(self.accuracies)
+        return mean(self.accuracies)
 
     @property
     def deviation(self) -> float | None:
@@ -37,19 +39,41 @@ class Measured:
         return stdev(self.accuracies) if len(self.accuracies) > 1 else None
 
 
+def mean(values: Iterable[float]) -> float:
+    """The mean of accuracies, the same number for all samples that have the same.
+
+    Accuracies have few digits, so that means often agree; what their binary forms add up to does not.
+    """
+    return round(fmean(values), 9)
+
+
 # By method, then by task.
 Table = dict[str, dict[str, Measured]]
 
 
 def collect(rows: list[Line], backbone: Backbone, protocol: Protocol, setting: str = "") -> Table:
-    """Final runs of one backbone under one protocol on one training set, by its name; "" for the default split."""
+    """Final runs of one backbone under one protocol on one training set, by its name; "" for the default split.
+
+    Raises:
+        TableError: a method has runs of two settings with one seed on a task.
+    """
     found: Table = {}
+    seen: dict[tuple[str, str, int], Line] = {}
     for row in rows:
         same = row["backbone"] == str(backbone) and row["image_size"] == str(backbone.image_size)
         if not same or row["protocol"] != protocol.name or row["stage"] != "final" or row["setting"] != setting:
             continue
         if int(row["seed"]) not in protocol.seeds:
             continue
+        first = seen.setdefault((row["task"], row["method"], int(row["seed"])), row)
+        if first is not row:
+            if (first["point"], first["accuracy"]) == (row["point"], row["accuracy"]):
+                continue
+            one, other = (f"{line['point'] or 'no setting'}: {line['accuracy']}" for line in (first, row))
+            raise TableError(
+                f"two runs of {row['method']} on {row['task']} have the seed {row['seed']} ({one}; {other}); keep the "
+                "rows of one in this file, and give tables that choose differently a folder each"
+            )
         measured = found.setdefault(row["method"], {}).setdefault(row["task"], Measured())
         measured.accuracies.append(100 * float(row["accuracy"]))
         measured.points.append(row["point"])
@@ -62,7 +86,7 @@ def mean_of(tasks: dict[str, Measured], names: list[str]) -> float | None:
     """The mean of some tasks' means; None if the method lacks one of them."""
     if not names or any(name not in tasks for name in names):
         return None
-    return fmean(tasks[name].mean for name in names)
+    return mean(tasks[name].mean for name in names)
 
 
 def wins(tasks: dict[str, Measured], rival: dict[str, Measured], names: list[str]) -> int | None:

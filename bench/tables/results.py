@@ -65,6 +65,9 @@ class Results:
             text = self.path.read_text(encoding="utf-8")
         except FileNotFoundError:
             return []
+        except UnicodeDecodeError as error:
+            line = error.object[: error.start].count(b"\n") + 1
+            raise TableError(f"{self.path}:{line}: not text in UTF-8; repair or remove the line") from error
         # A process that was killed may have left the beginning of a line behind.
         whole = text[: text.rfind("\n") + 1]
         reader = csv.DictReader(io.StringIO(whole, newline=""))
@@ -76,7 +79,20 @@ class Results:
         for number, row in enumerate(found, start=2):
             if None in row or None in row.values():
                 raise TableError(f"{self.path}:{number}: expected {len(columns)} fields; repair or remove the line")
+            self._check(row, number)
         return [{name: row.get(name, "") for name in fields} for row in found]
+
+    def _check(self, row: Line, number: int) -> None:
+        """That what is read as a number, or as a setting, is one."""
+        kinds = {"seed": (int, "a whole number"), self.schema.score: (float, "a number")}
+        kinds["point"] = (point_of, "settings as name=number;name=number")
+        for name, (kind, what) in kinds.items():
+            try:
+                kind(row.get(name, "0") if name != "point" else row.get(name, ""))
+            except ValueError:
+                raise TableError(
+                    f"{self.path}:{number}: {name}: expected {what}, got {row[name]!r}; repair or remove the line"
+                ) from None
 
     def has(self, **key: object) -> bool:
         """Whether a row has these fields."""

@@ -26,6 +26,9 @@ MAIN = "main"
 # Behind a paper's number that is not of the same thing.
 OTHER_DATA, OTHER_RUNS = "†", "‡"
 
+# Cells of fewer runs that a note names.
+_SHOWN = 20
+
 
 @dataclass(frozen=True)
 class Role:
@@ -265,7 +268,25 @@ class View:
             said.append(f"No backbone was given for: {'; '.join(absent)}.")
         if spec.missing:
             said.append(f"Not in the library: {spec.missing}.")
-        return said
+        return [*said, *self._fewer()]
+
+    def _fewer(self) -> list[str]:
+        """Which cells are of fewer runs than the protocol has seeds, as of a study that goes on."""
+        rows = {row.name for row in self.rows}
+        found = {}
+        for role, backbone in self.request.backbones.items():
+            protocol = self.request.protocol(role)
+            for setting in sorted({line["setting"] for line in self.lines}):
+                for method, tasks in collect(self.lines, backbone, protocol, setting).items():
+                    for task, measured in tasks.items() if method in rows else ():
+                        if len(measured.accuracies) < len(protocol.seeds):
+                            where = " ".join(filter(None, (method, "on", task, setting)))
+                            found[where] = f"{len(measured.accuracies)} of {len(protocol.seeds)}"
+        if not found:
+            return []
+        shown = [f"{where} ({runs})" for where, runs in found.items()]
+        more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
+        return [f"Of fewer runs than there are seeds: {', '.join(shown[:_SHOWN])}{more}."]
 
 
 def label(row: Row) -> str:

@@ -141,4 +141,4 @@ def _named(name: str, there: list[str]) -> Task:
             return task
     if name in there:
         return Task(name, _OTHER, (name,))
-    raise unknown("task", name, [*(task.name for task in TASKS), *there])
+    raise unknown("task", name, list(dict.fromkeys([*(task.name for task in TASKS), *there])))

@@ -306,6 +306,15 @@ def test_a_check_misses_what_is_gone_and_refuses_what_differs():
     assert status == 2 and "not comparable" in said and "threads 2 then, 1 now" in said
 
 
+def test_a_check_misses_a_figure_that_could_not_be_measured():
+    before = [record(ratio=0.5, peak_ratio=0.4), record(who=LITERAL, ratio=1.0, peak_ratio=1.0)]
+    status, said, _ = _checked(before, [record(ratio=0.5, peak_error="killed"), before[1]])
+    assert status == 1 and "committed, but not measured now: peak memory of vpt-deep-200 train" in said
+    # Of another implementation it is said, and nothing more.
+    status, said, _ = _checked(before, [before[0], record(who=LITERAL, ratio=1.0)])
+    assert status == 0 and f"not measured in this run: peak memory of vpt-deep-200, train, {LITERAL}" in said
+
+
 def test_a_machine_without_committed_results_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(check, "default_path", lambda device: tmp_path / "device.json")
     monkeypatch.setattr(check, "run", lambda *_: pytest.fail("nothing to measure for"))

@@ -17,7 +17,7 @@ from bench.tables.__main__ import main
 from bench.tables.errors import TableError
 from bench.tables.job import Backbone, Job
 from bench.tables.layout import Entry, Layout
-from bench.tables.measured import collect, total_parameters, wins
+from bench.tables.measured import Measured, collect, total_parameters, wins
 from bench.tables.protocol import ROWS, SEEDS, Protocol, batch_size, best, method
 from bench.tables.results import CLASSIFICATION, FIELDS, KEY, LATER, Results, point_of, point_text
 from bench.tables.tasks import TASKS, find
@@ -115,6 +115,24 @@ def test_a_file_of_something_else(tmp_path):
         Results(tmp_path / "other.csv").rows()
 
 
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"accuracy": "abc"}, "accuracy: expected a number, got 'abc'"),
+        ({"seed": "x"}, "seed: expected a whole number, got 'x'"),
+        ({"point": "base_lr"}, "point: expected settings as name=number;name=number, got 'base_lr'"),
+        ({"method": "b\udcffd"}, "not text in UTF-8"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_value_that_is_none_is_one_line(tmp_path, values, message):
+    Results(tmp_path / "results.csv").add(line())
+    with (tmp_path / "results.csv").open("a", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        csv.DictWriter(file, FIELDS, lineterminator="\n").writerow(line(seed=7) | values)
+    with pytest.raises(TableError, match=rf"results\.csv:3: {message}; repair or remove the line"):
+        Results(tmp_path / "results.csv").rows()
+
+
 @pytest.mark.parametrize("room, earlier", [(0, False), (1, False), (30, False), (0, True), (1, True)])
 def test_a_disk_that_takes_a_part_of_a_row_is_one_line(tmp_path, room, earlier):
     results = Results(tmp_path / "results.csv")
@@ -205,6 +223,37 @@ def test_what_the_results_say():
     assert wins(found["bias"], found["full"], ["svhn"]) == 1 and wins(found["bias"], {}, ["svhn"]) is None
     assert total_parameters("full", found["full"], ["svhn"]) == 1.1
     assert total_parameters("bias", found["bias"], ["svhn"]) == 1.02
+
+
+def test_runs_of_one_seed_are_counted_once_or_refused():
+    about = {"backbone": "b", "image_size": 8, "protocol": "paper-100"}
+    rows = [
+        {key: str(value) for key, value in line(**about, **values).items()}
+        for values in (
+            {"accuracy": 0.5, "point": "length=5"},
+            {"accuracy": 0.7, "seed": 44, "point": "length=5"},
+            {"accuracy": 0.8, "point": "length=50"},
+        )
+    ]
+    once = collect([*rows[:2], dict(rows[0])], Backbone("b", None, 8), PAPER)
+    assert once["full"]["svhn"].accuracies == [50.0, 70.0]
+    with pytest.raises(
+        TableError, match=r"two runs of full on svhn have the seed 42 \(length=5: 0.5; length=50: 0.8\)"
+    ):
+        collect(rows, Backbone("b", None, 8), PAPER)
+
+
+def test_equal_means_are_no_win_whatever_their_binary_forms_add_up_to():
+    ours, rival = ([0.002, 0.004], [0.001, 0.005])
+    found = [Measured([100 * value for value in values]) for values in (ours, rival)]
+    assert sum(found[0].accuracies) != sum(found[1].accuracies), "otherwise the test shows nothing"
+    assert wins({"svhn": found[0]}, {"svhn": found[1]}, ["svhn"]) == 0
+    assert statistics.wilcoxon({"svhn": found[0].accuracies}, {"svhn": found[1].accuracies}) is None
+    # Three differences of one size share their ranks.
+    first = {task: [value] for task, value in zip("abc", (0.1 + 0.2, 0.7, 1.3), strict=True)}
+    second = {task: [value] for task, value in zip("abc", (0.2, 0.6, 1.2), strict=True)}
+    shared = {task: [value] for task, value in zip("abc", (1.0, 1.0, 1.0), strict=True)}
+    assert statistics.wilcoxon(first, second).p == statistics.wilcoxon(shared, {key: [0.0] for key in "abc"}).p
 
 
 def test_markdown_and_latex():
@@ -343,3 +392,8 @@ def test_a_table_from_nothing_and_again_from_its_results(vtab, tmp_path, capsys)
     for name in ("vpt-13", "vpt-10", "vpt-fig16"):
         assert main([name, *command[1:], "--tabulate"]) == 0
         assert (out / f"{name}.md").is_file()
+    assert "Of fewer runs" not in (out / "vpt-13.md").read_text()
+    more = ["3" if one == "2" and command[place - 1] == "--seeds" else one for place, one in enumerate(command)]
+    assert main(["vpt-13", *more[1:], "--tabulate"]) == 0
+    note = "Of fewer runs than there are seeds: linear on eurosat (2 of 3), bias on eurosat (2 of 3)."
+    assert note in (out / "vpt-13.md").read_text()
