@@ -73,6 +73,8 @@ def _serve(options: argparse.Namespace) -> None:
     if not options.tabulate:
         end = None if options.minutes is None else time.monotonic() + 60 * options.minutes
         before, corpora = scenes.prepare(options.work / "scenes")
+        # What a score is held against: answers from the words of a question alone, or always the same one.
+        files.write(options.out / "scenes.json", (options.work / "scenes" / "scenes.json").read_text(encoding="utf-8"))
         _, outcome = pretrained(before, options.work, say)
         features = FeatureStore(options.work / "features", DEFAULT_LIMIT, say.warn)
         _note(outcome, base, corpora, options, features, say)
