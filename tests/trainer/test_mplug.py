@@ -558,6 +558,19 @@ def test_a_missing_java_is_told_before_training(train, write, tmp_path, no_java,
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
+def test_captions_without_a_word_are_told_before_training(train, write, tmp_path, squares, split):
+    images = json.loads((squares / "captions.json").read_text())["images"]
+    for image in [image for image in images if image["split"] == split][:2]:
+        image["sentences"] = [{"raw": "."}]
+    path = tmp_path / "wordless.json"
+    path.write_text(json.dumps({"images": images}))
+    config = write(data={split: str(path), f"{split}_size": 2})
+    code, _, err = train(config)
+    assert code == 2 and f"data: {path}: {split}: captions: no reference has a word to score by" in one_line(err)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
 def test_a_question_that_cannot_be_scored_is_named_before_training(train, write, tmp_path, squares, split):
     entries = json.loads((squares / f"vqa_{split}.json").read_text())
     del entries[3]["answer"]
