@@ -167,6 +167,49 @@ def test_an_answer_too_long_to_be_chosen_is_named_before_training(train, write, 
     assert code == 2 and f"{path}: entry 7: has 41 tokens, and the model 40 positions" in one_line(err)
 
 
+LONG = "red " * 60
+
+
+@pytest.mark.parametrize(
+    "kind, changes, expected",
+    [
+        ("captions", {"eval": {"max_length": 41}}, "eval: max_length: 41 tokens do not fit the model's 40 positions"),
+        ("captions", {"data": {"max_length": 42}}, "data: max_length: 42 tokens do not fit the model's 40 positions"),
+        ("captions", {"data": {"prompt": LONG}}, "red ': has 61 tokens, and the model 40 positions"),
+        ("vqa", {"eval": {"max_length": 41}}, "eval: max_length: 41 tokens do not fit the model's 40 positions"),
+        ("vqa", {"data": {"max_length": 41}}, "data: max_length: 41 tokens do not fit"),
+    ],
+)
+def test_lengths_without_positions_are_told_before_training(train, write, tmp_path, kind, changes, expected):
+    code, _, err = train(write(kind, **changes))
+    assert code == 2 and expected in one_line(err)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "split, field, value, expected",
+    [
+        ("val", "question", LONG, "entry 2 (question_id 12): question: has 65 tokens, and the model 40 positions"),
+        ("test", "question", LONG, "entry 2 (question_id 12): question: has 65 tokens, and the model 40 positions"),
+        ("train", "answer", ["red"] * 9 + [LONG.strip()], f"entry 2 (question_id 12): answer '{LONG.strip()}': has 61"),
+    ],
+)
+def test_texts_without_positions_are_named_before_training(
+    train, write, tmp_path, squares, split, field, value, expected
+):
+    entries = json.loads((squares / f"vqa_{split}.json").read_text())
+    entries[2][field] = value
+    (tmp_path / "long.json").write_text(json.dumps(entries))
+    code, _, err = train(write("vqa", data={split: str(tmp_path / "long.json")}))
+    assert code == 2 and f"data: {tmp_path / 'long.json'}: {expected}" in one_line(err)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_texts_as_long_as_the_positions_train(train, write):
+    code, _, err = train(write(data={"max_length": 41}, eval={"max_length": 40}, train={"steps": 2}))
+    assert code == 0, err
+
+
 def test_a_run_goes_on_though_there_are_new_keys(train, write, tmp_path):
     config = write("vqa", data={"val": None})
     assert train(config)[0] == 0

@@ -20,6 +20,7 @@ from fastpeft.metrics.captions import METRICS, caption_records, check_words, coc
 from fastpeft.metrics.result_files import write_records
 from fastpeft.models.mplug import Stream
 from fastpeft.trainer.mplug.build import open_tokenizer
+from fastpeft.trainer.mplug.lengths import check_captions
 from fastpeft.trainer.mplug.task import MPlugTask, Split, image_files, prepared
 from fastpeft.trainer.mplug.work import MPlugWork
 from fastpeft.trainer.task import blame
@@ -46,7 +47,9 @@ def prepare(config: CaptionConfig, source: str) -> tuple[MPlugTask, nn.Module]:
     sizes = [f"{len(chosen):,} of {len(found['train'].pairs):,} captions"]
     sizes += [f"{len(split.images):,} {name} images" for name, split in found.items() if name != "train"]
     split = partial(_splits, config, found, [int(number) for number in chosen])
-    return prepared(config, source, tokenizer, split, f"captions of {data.train}: {', '.join(sizes)}")
+    task, model = prepared(config, source, tokenizer, split, f"captions of {data.train}: {', '.join(sizes)}")
+    check_captions(task, model.config.max_positions)
+    return task, model
 
 
 def _check_scorers(config: CaptionConfig) -> None:
