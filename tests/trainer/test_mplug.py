@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 import fastpeft
 from fastpeft.metrics import ptb
 from fastpeft.models.mplug import MPlug
+from fastpeft.models.mplug.generation import generate
 from fastpeft.trainer.loop import Loop
+from fastpeft.trainer.mplug import work
 from fastpeft.trainer.mplug.work import MPlugWork
 from fastpeft.trainer.stepper import Stepper
 from tests.native.amx import needs_amx
@@ -165,6 +167,21 @@ def test_an_answer_too_long_to_be_chosen_is_named_before_training(train, write, 
     path = answer_list(tmp_path, *EVERY_ANSWER, "red " * 40)
     code, _, err = train(write("vqa", data={"answer_list": path}))
     assert code == 2 and f"{path}: entry 7: has 41 tokens, and the model 40 positions" in one_line(err)
+
+
+@pytest.mark.parametrize("habits", [{}, {"frozen_beams": True, "early_stop": False}], ids=("original", "other"))
+def test_the_searchs_habits_are_as_configured(train, write, monkeypatch, habits):
+    seen = []
+
+    def recorded(model, memory, settings):
+        seen.append(settings)
+        return generate(model, memory, settings)
+
+    monkeypatch.setattr(work, "generate", recorded)
+    code, _, err = train(write(eval=habits, train={"steps": 2}))
+    assert code == 0, err
+    expected = habits or {"frozen_beams": False, "early_stop": True}
+    assert seen and all((s.frozen_beams, s.early_stop) == tuple(expected.values()) for s in seen)
 
 
 LONG = "red " * 60
