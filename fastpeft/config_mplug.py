@@ -232,11 +232,16 @@ class _EvalConfig(_Section):
         beams: Of the search; 1 is greedy.
         batch_size: Images of a batch.
         alpha: Exponent of the length penalty.
+        frozen_beams: Whether a beam that has ended keeps its place and score; the original's goes on behind its end.
+        early_stop: Whether the search is over when the first beam has ended, as the original's is, or only when no beam
+            can reach the best score any more.
     """
 
     beams: int = Field(default=5, gt=0)
     batch_size: int = Field(default=64, gt=0)
     alpha: float = Field(default=0.6, ge=0)
+    frozen_beams: bool = False
+    early_stop: bool = True
 
 
 class CaptionEvalConfig(_EvalConfig):
@@ -299,7 +304,10 @@ class MPlugRun(RunConfig):
     def identity(self) -> dict[str, Any]:
         """As of every run; how results are computed and looked after does not matter beside the adapter."""
         free = ("train.cache_gib", "data.answers_outside")
-        return {key: value for key, value in super().identity().items() if key not in free}
+        # At their defaults as if they were not there: runs that are older than these keys go on.
+        newer = {"eval.frozen_beams": False, "eval.early_stop": True}
+        found = super().identity()
+        return {key: value for key, value in found.items() if key not in free and (key, value) not in newer.items()}
 
 
 class CaptionConfig(MPlugRun):

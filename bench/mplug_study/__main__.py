@@ -21,12 +21,15 @@ from pathlib import Path
 from bench.mplug_study import corpora, plan
 from bench.mplug_study.job import SCHEMA, Base, MPlugJob
 from bench.mplug_study.methods import TUNINGS
-from bench.mplug_study.protocol import of_study
+from bench.mplug_study.protocol import BATCH, CAPTION, PARTS, Protocol, of_study
 from bench.mplug_study.tables import FIGURES, write
 from bench.tables import study
 from bench.tables.errors import TableError, unknown
 from bench.tables.results import Results
 from fastpeft._serve import GOES_ON, serve
+from fastpeft.metrics import ptb
+from fastpeft.metrics.captions import TOKENIZERS
+from fastpeft.trainer import launch
 from fastpeft.trainer.feature_store import DEFAULT_LIMIT, GIBIBYTE, FeatureStore
 from fastpeft.trainer.report import Reporter
 
@@ -54,6 +57,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--product", action="store_true", help="every size on every share of the data")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each setting [1]")
     parser.add_argument("--quick", action="store_true", help="two shares, two sizes, a tenth of the steps")
+    parser.add_argument(
+        "--tokenizer", choices=TOKENIZERS, default="java", help="of captions; python does without Java [java]"
+    )
+    parser.add_argument(
+        "--grad-accumulation", type=int, default=PARTS, metavar="N", help=f"parts of a batch of {BATCH} [{PARTS}]"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=launch.cores(), metavar="N", help="processes that read images; default: a core's"
+    )
     parser.add_argument("--storage", metavar="URL", help="of the studies; default: an SQLite file in --out")
     parser.add_argument(
         "--features-gb", type=float, default=DEFAULT_LIMIT / GIBIBYTE, metavar="N", help="of image tokens kept in --out"
@@ -65,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _serve(options: argparse.Namespace) -> None:
     methods, sweep = _checked(options)
-    spec, protocol, base = FIGURES[options.name], of_study(options.quick, options.seeds), _base(options)
+    spec, protocol, base = FIGURES[options.name], _protocol(options), _base(options)
     there = corpora.find(options.data)
     wanted = [there[kind] for kind in spec.kinds if kind in there]
     say = Reporter(True)
@@ -76,6 +88,8 @@ def _serve(options: argparse.Namespace) -> None:
         raise TableError(f"{options.data}: it has nothing that {options.name} is about")
     results = Results(options.out / RESULTS, SCHEMA)
     if not options.tabulate:
+        if CAPTION in (corpus.kind for corpus in wanted):
+            _check_java(options.tokenizer, say)
         features = FeatureStore(options.out / "features", int(options.features_gb * GIBIBYTE), say.warn)
         todo = plan.experiments(base, wanted, protocol, methods, sweep)
         run(todo, results, options.out, options.storage, features, say)
@@ -123,6 +137,31 @@ def run(
                 study.run_all(jobs, results, out / "runs", store, count, features)
 
 
+def _protocol(options: argparse.Namespace) -> Protocol:
+    return of_study(
+        options.quick,
+        options.seeds,
+        tokenizer=options.tokenizer,
+        grad_accumulation=options.grad_accumulation,
+        workers=options.workers,
+    )
+
+
+def _check_java(tokenizer: str, say: Reporter) -> None:
+    """Look for Java before the first run, and say what is done without.
+
+    Raises:
+        TableError: captions cannot be scored.
+    """
+    if ptb.java() is not None:
+        return
+    if tokenizer == "java":
+        raise TableError(
+            "--tokenizer java needs Java, and no 'java' that runs was found; install it, or give --tokenizer python"
+        )
+    say.say("METEOR is left out: it needs Java, and no 'java' that runs was found")
+
+
 def _checked(options: argparse.Namespace) -> tuple[list[str], plan.Sweep]:
     if options.name not in FIGURES:
         raise unknown("table", options.name, FIGURES)
@@ -136,6 +175,13 @@ def _checked(options: argparse.Namespace) -> tuple[list[str], plan.Sweep]:
         raise TableError("--seeds and --image-size must be at least 1")
     if not 0 <= options.features_gb < float("inf"):
         raise TableError(f"--features-gb must be a number of gigabytes from 0, got {options.features_gb}")
+    if options.grad_accumulation < 1 or BATCH % options.grad_accumulation:
+        raise TableError(
+            f"--grad-accumulation must divide the batch of {BATCH} samples, got {options.grad_accumulation}; give "
+            f"{PARTS} for the study's {BATCH // PARTS} samples at once"
+        )
+    if options.workers < 0:
+        raise TableError(f"--workers must be at least 0, got {options.workers}")
     for ratio in options.ratios or ():
         if not 0 < ratio <= 1:
             raise TableError(f"--ratios are shares above 0 and up to 1, got {ratio:g}")

@@ -96,7 +96,7 @@ class MPlugJob:
             "seed": self.seed,
             "backbone": self.base.name,
             "image_size": self.base.fields.get("image_size", ""),
-            "protocol": self.protocol.name,
+            "protocol": self.protocol.named(self.corpus.kind),
             "rate": f"{self.rate:g}",
         }
 

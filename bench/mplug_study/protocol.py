@@ -26,6 +26,7 @@ class Schedule:
         sizes: of each method's module.
         rates: peak learning rates by method; of several the best on validation is taken, with all of the data and the
             module's reference size.
+        variant: what follows the protocol's name in results, where something here changes their meaning.
     """
 
     metric: str
@@ -36,6 +37,7 @@ class Schedule:
     ratios: tuple[float, ...]
     sizes: Mapping[str, tuple[int, ...]]
     rates: Mapping[str, tuple[float, ...]]
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,19 @@ class Protocol:
     described: str
     tunings: Mapping[str, Tuning] = dataclasses.field(default_factory=lambda: TUNINGS)
 
+    def named(self, kind: str) -> str:
+        """Its name in results of a kind."""
+        return self.name + self.schedules[kind].variant
+
 
 _LENGTHS, _RANKS = (2, 4, 8, 16, 32, 64, 128), (2, 4, 8, 16, 32)
 _SIZES = {"prompt": _LENGTHS, "prefix": _LENGTHS, "lora": _RANKS, FULL: (0,)}
 _FEW_HIDDEN, _HIDDEN = (16, 32, 64, 128), (16, 32, 64, 128, 256, 512)
 # The study does not say what full fine-tuning was trained with: the model's own fine-tuning has this rate.
 _FULL_RATE = {CAPTION: 1e-5, VQA: 3e-5}
-_COMMON = {"batch_size": 256, "optimizer": "adamw", "weight_decay": 0.05, "select": "best"}
+# The study has a batch of 64 on each of four GPUs.
+BATCH, PARTS = 256, 4
+_COMMON = {"batch_size": BATCH, "optimizer": "adamw", "weight_decay": 0.05, "select": "best"}
 
 CAPTIONS = Schedule(
     metric="cider",
@@ -103,24 +111,46 @@ QUESTIONS = Schedule(
 _FIRST_SEED = 42
 
 
-def of_study(quick: bool, seeds: int) -> Protocol:
+def of_study(
+    quick: bool, seeds: int, *, tokenizer: str = "java", grad_accumulation: int = 1, workers: int = 0
+) -> Protocol:
     """The study's protocol.
 
     Args:
         quick: two shares, two sizes and a tenth of the steps.
         seeds: runs of every setting; the study does not say how many it made.
+        tokenizer: what makes words of captions, `java` or `python`. CIDEr differs a little between them, so that
+            results of captions are kept apart.
+        grad_accumulation: parts that a batch is computed in, which changes no result's meaning.
+        workers: processes that read images; likewise.
     """
     chosen = tuple(range(_FIRST_SEED, _FIRST_SEED + seeds))
     runs = f"{len(chosen)} seed{'s' if len(chosen) > 1 else ''}"
+    usual = {CAPTION: _worded(CAPTIONS, tokenizer), VQA: QUESTIONS}
+    usual = {kind: _computed(schedule, grad_accumulation, workers) for kind, schedule in usual.items()}
+    if tokenizer != "java":
+        runs += f", captions' words by the {tokenizer} tokenizer"
     if not quick:
-        return Protocol("study", {CAPTION: CAPTIONS, VQA: QUESTIONS}, chosen, f"the study's Table II, {runs}")
+        return Protocol("study", usual, chosen, f"the study's Table II, {runs}")
     quick_captions = {"steps": 400, "warmup_steps": 40, "eval_every": 100, "checkpoint_every": "100 steps"}
     quick_questions = {"epochs": 1, "warmup_steps": 80}
     schedules = {
-        CAPTION: _thinned(CAPTIONS, quick_captions),
-        VQA: _thinned(QUESTIONS, quick_questions),
+        CAPTION: _thinned(usual[CAPTION], quick_captions),
+        VQA: _thinned(usual[VQA], quick_questions),
     }
     return Protocol("quick", schedules, chosen, f"a tenth of the study's steps, two shares, two sizes, {runs}")
+
+
+def _worded(schedule: Schedule, tokenizer: str) -> Schedule:
+    if tokenizer == "java":
+        return schedule
+    evaluation = {**schedule.evaluation, "tokenizer": tokenizer}
+    return dataclasses.replace(schedule, evaluation=evaluation, variant=f"-{tokenizer}")
+
+
+def _computed(schedule: Schedule, grad_accumulation: int, workers: int) -> Schedule:
+    train = {**schedule.train, "grad_accumulation": grad_accumulation}
+    return dataclasses.replace(schedule, train=train, data={**schedule.data, "workers": workers})
 
 
 def _thinned(schedule: Schedule, changed: Mapping[str, Any]) -> Schedule:

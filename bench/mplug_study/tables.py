@@ -99,13 +99,13 @@ def write(
     """
     spec, tables = FIGURES[name], []
     # Runs of other protocols or models are never mixed in.
-    where = {"protocol": protocol.name, "backbone": base.name, "image_size": base.fields.get("image_size", "")}
+    where = {"backbone": base.name, "image_size": base.fields.get("image_size", "")}
     rows, progress = results.rows(), curves.read(out / curves.FOLDER)
     for corpus in corpora:
         if corpus.kind not in spec.kinds:
             continue
-        own = select(rows, task=corpus.name, **where)
-        made, figure = spec.make(protocol, corpus, own, select(progress, task=corpus.name, **where))
+        about = {"task": corpus.name, "protocol": protocol.named(corpus.kind), **where}
+        made, figure = spec.make(protocol, corpus, select(rows, **about), select(progress, **about))
         for table in made:
             table.title = f"{spec.title}. {table.title}"
         if figure is not None:

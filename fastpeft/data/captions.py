@@ -2,7 +2,8 @@
 
 Either the list itself, one file a split, or the original `dataset_coco.json`, `{"images": [...]}` with a `split` for
 each image. An image lies at `<root>/<folder>/<filename>`, where COCO's `train2014` and `val2014` are in folders
-`train2014_img` and `val2014_img`, and any other `filepath` is a folder of its own name.
+`train2014_img` and `val2014_img`, or if there is no such folder in `train2014` and `val2014` themselves, and any other
+`filepath` is a folder of its own name.
 """
 
 from __future__ import annotations
@@ -104,7 +105,12 @@ def read_captions(path: str | Path, root: str | Path, split: str | None = None) 
 
 def _image(entry: Entry, root: Path, presence: Presence) -> CaptionedImage:
     name, folder = entry.text("filename"), entry.text("filepath")
-    path = presence.ask(root, f"{_FOLDERS.get(folder, folder)}/{name}", f"{entry.where}: filename")
+    folders = (_FOLDERS[folder], folder) if folder in _FOLDERS else (folder,)
+    there = [own for own in folders if presence.has(root / own)]
+    where = f"{entry.where}: filename"
+    if not there and len(folders) > 1:
+        where += f", in neither {folders[0]} nor {folders[1]}"
+    path = presence.ask(root, f"{(there or folders)[0]}/{name}", where)
     sentences = tuple(sentence.text("raw").lower() for sentence in entry.objects("sentences"))
     return CaptionedImage(path, name, _image_id(entry, name), sentences)
 

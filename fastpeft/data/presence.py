@@ -17,6 +17,7 @@ class Presence:
 
     def __init__(self) -> None:
         self._listed: dict[Path, frozenset[str]] = {}
+        self._there: dict[Path, bool] = {}
         # Lists name an image as often as they have something to say about it.
         self._paths: dict[tuple[Path, str], Path] = {}
         self._missing = 0
@@ -43,6 +44,12 @@ class Presence:
             self._missing += 1
             self._first = self._first or f"{where}: '{relative}': no such file in {root}"
         return path
+
+    def has(self, folder: Path) -> bool:
+        """Whether there is such a folder; looked for once."""
+        if folder not in self._there:
+            self._there[folder] = folder.is_dir()
+        return self._there[folder]
 
     def check(self) -> None:
         """Raise an error about the first image that is missing, with the number of all that are.

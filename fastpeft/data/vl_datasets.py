@@ -148,8 +148,9 @@ class VqaQuestions(_Samples):
         question = self.questions.questions[number]
         answers = tuple(answer + END for answer in question.answers)
         image = self._read(question.image, number)
-        return VqaSample(image, self._text(question), answers, question.weights, number, question.more)
+        return VqaSample(image, self.text(question), answers, question.weights, number, question.more)
 
-    def _text(self, question: Question) -> str:
+    def text(self, question: Question) -> str:
+        """What the text encoder reads of a question."""
         # Not str.format: a question may have braces of its own.
         return self.template.replace("{question}", question.text) + question.more

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,7 +107,7 @@ def read_vqa(
     questions, firsts = [], []
     for file in files:
         firsts.append((str(file), len(questions)))
-        for entry in entries(file, read_json(file), "a list of questions"):
+        for entry in _listed(file):
             image = numbers.of(presence.ask(_root(entry, roots), entry.text("image"), f"{entry.where}: image"))
             text, question_id = entry.text("question"), _question_id(entry, training, seen)
             more = (_ocr(entry) if ocr else "") + (_objects(entry) if objects else "")
@@ -123,6 +123,16 @@ def read_vqa(
 def clean_ocr(words: str) -> str:
     """Words read in an image, as they follow a question: lower case, little punctuation, thirty words at most."""
     return " ".join(_SPACED.sub(" ", _DELETED.sub("", words.lower())).split()[:_OCR_WORDS])
+
+
+def _listed(file: str | Path) -> Iterator[Entry]:
+    values = read_json(file)
+    if isinstance(values, dict) and ("questions" in values or "annotations" in values):
+        raise DataError(
+            f"{file}: expected a list of questions, got one of VQAv2's own files; python -m fastpeft.data.vqa_convert "
+            "QUESTIONS ANNOTATIONS --images FORM --out FILE makes the list of them"
+        )
+    return entries(file, values, "a list of questions")
 
 
 class _Numbers:

@@ -56,8 +56,8 @@ def score_captions(
         metrics: Some of `METRICS`. METEOR is a Java program; without Java it is in `not_computed`.
 
     Raises:
-        DataError: The image ids are not the same, an image has no reference, pycocoevalcap is not installed, or the
-            tokenizer needs Java and there is none.
+        DataError: The image ids are not the same, an image has no reference, none has a word, pycocoevalcap is not
+            installed, or the tokenizer needs Java and there is none.
     """
     _check(predictions, references, tokenizer, metrics)
     ptb.package_folder()
@@ -67,6 +67,8 @@ def score_captions(
     words = iter([" ".join(caption) for caption in tokens])
     predicted: _Texts = {image: [next(words)] for image in ids}
     wanted: _Texts = {image: [next(words) for _ in references[image]] for image in ids}
+    if not any(map(any, wanted.values())):
+        raise _wordless(references)
     scores: dict[str, float] = {}
     by_image: dict[Hashable, dict[str, float]] = {image: {} for image in ids}
     not_computed = {}
@@ -82,6 +84,31 @@ def score_captions(
                 for image, score in zip(ids, each, strict=True):
                     by_image[image][name] = score
     return CaptionScores(scores, by_image, not_computed, tokenizer)
+
+
+def check_words(references: Mapping[Hashable, Sequence[str]], tokenizer: str) -> None:
+    """Look whether there is a word among the references, before there are predictions.
+
+    Args:
+        references: At least one caption for each image id.
+        tokenizer: As of `score_captions`.
+
+    Raises:
+        DataError: There is none: all of them are punctuation.
+    """
+    texts = [text for own in references.values() for text in own]
+    # The first text settles it for all but odd files; Java's start is left for those.
+    if any(ptb.python_tokens(text) for text in texts):
+        return
+    if tokenizer != "java" or not any(ptb.java_tokens(texts)):
+        raise _wordless(references)
+
+
+def _wordless(references: Mapping[Hashable, Sequence[str]]) -> DataError:
+    image, texts = next(iter(references.items()))
+    return DataError(
+        f"captions: no reference has a word to score by; the first image is {image}, which has {texts[0]!r}"
+    )
 
 
 def _check(

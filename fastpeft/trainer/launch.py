@@ -61,7 +61,7 @@ def start(ranks: Ranks) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if "OMP_NUM_THREADS" not in os.environ:
             local_world = int(os.environ.get("LOCAL_SIZE", ranks.world))
-            torch.set_num_threads(max(1, _cores() // local_world))
+            torch.set_num_threads(max(1, cores() // local_world))
     else:
         torch.cuda.set_device(ranks.device)
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
@@ -74,7 +74,7 @@ def start(ranks: Ranks) -> None:
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
-def _cores() -> int:
+def cores() -> int:
     """The cores that this process may use, which in a container are fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ import pytest
 from bench.mplug_offline import __main__ as command
 from bench.mplug_offline import plan, pretrain, scenes
 from bench.mplug_study import plan as study_plan
+from bench.mplug_study.corpora import Corpus
 from bench.mplug_study.job import SCHEMA
 from bench.mplug_study.methods import FULL
 from bench.mplug_study.protocol import CAPTION, VQA
+from bench.mplug_study.tables import FIGURES, write
 from bench.tables.results import Results
 
 
@@ -55,6 +58,21 @@ def test_a_beginning_and_its_rest_are_the_sentence(few, tmp_path):
     assert len({len(row["question"].split()) for row in rows[1::2]}) > 3
     for row in json.loads(Path(started.fields["test"]).read_text()):
         assert len(row["answer"]) == 10 and len(set(row["answer"])) == 1 and row["answer"][0].isalpha()
+
+
+def test_the_published_runs_are_found_and_their_tables_the_same(tmp_path):
+    published = Path(__file__).resolve().parents[2] / "bench" / "results" / "mplug_offline"
+    shutil.copytree(published / "curves", tmp_path / "curves")
+    shutil.copy(published / "mplug.csv", tmp_path)
+    results, base = Results(tmp_path / "mplug.csv", SCHEMA), plan.base(tmp_path / "pretrained.safetensors")
+    there = [Corpus("scenes-captions", CAPTION, {}), Corpus("scenes-vqa", VQA, {})]
+    sweep = command._SWEEP
+    for experiment in study_plan.experiments(base, there, plan.PROTOCOL, list(plan.PROTOCOL.tunings), sweep):
+        for jobs in experiment.batches(results):
+            assert all(results.has(**job.key()) for job in jobs)
+    for name in FIGURES:
+        write(name, results, there, base, plan.PROTOCOL, tmp_path)
+        assert (tmp_path / f"{name}.md").read_bytes() == (published / f"{name}.md").read_bytes()
 
 
 def test_every_run_is_a_run_of_the_trainer(few, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import mplug_study
+from bench.mplug_study import __main__ as study_command
 from bench.mplug_study import corpora, curves, plan
 from bench.mplug_study.__main__ import RESULTS, run
 from bench.mplug_study.job import SCHEMA, Base, MPlugJob
@@ -19,6 +20,7 @@ from bench.tables.__main__ import main
 from bench.tables.errors import TableError
 from bench.tables.results import Results
 from fastpeft.config import load_config
+from fastpeft.metrics import ptb
 from fastpeft.trainer.report import Reporter
 from tests.trainer import vl
 
@@ -68,6 +70,47 @@ def test_runs_are_the_shipped_configurations(method, kind, stem, tmp_path):
     ignored = {"out", "train.seed", "data.workers"}
     differing = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)} - ignored
     assert not differing, {key: (ours.get(key), theirs.get(key)) for key in differing}
+
+
+def test_what_computes_a_run_is_not_in_its_key(tmp_path):
+    captions = corpora.Corpus("coco", CAPTION, {"name": "coco_caption", "root": "r", "train": "t", "val": "v"})
+    questions = corpora.Corpus("vqav2", VQA, {"name": "vqa", "root": "r", "train": "t", "val": "v"})
+    base = Base("b", {"name": "mplug_base"})
+    for quick, name in ((False, "study"), (True, "quick")):
+        usual = of_study(quick, 1)
+        parts = of_study(quick, 1, grad_accumulation=4, workers=3)
+        python = of_study(quick, 1, tokenizer="python", grad_accumulation=4)
+        for corpus, other in ((captions, f"{name}-python"), (questions, name)):
+            keys = [_job(base, corpus, protocol, "lora", 8).key() for protocol in (usual, parts, python)]
+            assert keys[0] == keys[1] == keys[2] | {"protocol": name} and keys[0]["protocol"] == name
+            assert keys[2]["protocol"] == other
+        config = _job(base, captions, parts, "lora", 8).config(tmp_path)
+        assert (config.train.batch_size, config.train.grad_accumulation, config.data.workers) == (256, 4, 3)
+        assert config.eval.tokenizer == "java"
+        assert _job(base, captions, python, "lora", 8).config(tmp_path).eval.tokenizer == "python"
+        assert "python tokenizer" in python.described and "tokenizer" not in parts.described
+
+
+@pytest.fixture
+def no_java(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    ptb.java.cache_clear()
+    yield
+    monkeypatch.undo()
+    ptb.java.cache_clear()
+
+
+def test_without_java_the_other_tokenizer_is_named(data, tmp_path, no_java, monkeypatch, capsys):
+    monkeypatch.setattr(study_command, "run", lambda *_: None)
+    ask = ["--backbone", "mplug_base@f", "--data", str(data), "--out", str(tmp_path / "o")]
+    assert main(["mplug-fig5", *ask]) == 2
+    said = capsys.readouterr().err
+    assert "--tokenizer java needs Java, and no 'java' that runs was found" in said and said.count("\n") == 1
+    assert "give --tokenizer python" in said
+    assert main(["mplug-fig5", *ask, "--tokenizer", "python"]) == 0
+    assert "METEOR is left out: it needs Java" in capsys.readouterr().out
+    # Answers have no words to make, and what is there needs no scoring.
+    assert main(["mplug-fig4", *ask]) == main(["mplug-fig3", *ask, "--tabulate"]) == 0
 
 
 def _job(base, corpus, protocol, method, size, *, ratio=1.0, classifier=False, stage="final", seed=1, rate=1e-3):
@@ -231,6 +274,8 @@ def test_data_that_lack_a_file_are_named(data, tmp_path):
         (["mplug-fig3", "--out", "o", "--methods", "lor"], "unknown method 'lor'; did you mean 'lora'"),
         (["mplug-fig3", "--out", "o", "--backbone", "mplug", "--data", "d", "--ratios", "2"], "--ratios are shares"),
         (["mplug-fig3", "--out", "o", "--backbone", "mplug", "--data", "d"], "d: no such folder"),
+        (["mplug-fig3", "--out", "o", "--backbone", "mplug", "--data", "d", "--grad-accumulation", "3"], "must divide"),
+        (["mplug-fig3", "--out", "o", "--backbone", "mplug", "--data", "d", "--workers", "-1"], "--workers must be"),
         (["mplug-fig33", "--out", "o"], "did you mean 'mplug-fig3'"),
     ],
 )

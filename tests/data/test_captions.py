@@ -105,6 +105,24 @@ def test_what_is_wrong_is_one_line(tmp_path, change, message):
     assert str(tmp_path / "a.json") in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_images_may_lie_in_the_folders_of_cocos_archives(tmp_path):
+    entries = caption_entries(tmp_path)
+    path = write_json(tmp_path / "a.json", entries)
+    (tmp_path / "train2014_img").rename(tmp_path / "train2014")
+    found = [image.path for image in read_captions(path, tmp_path).images]
+    assert [image.parent.name for image in found] == ["train2014", "val2014_img", "extra"]
+    # Of both, mPLUG's.
+    (tmp_path / "val2014").mkdir()
+    assert read_captions(path, tmp_path).images[1].path == found[1]
+    message = (
+        r"a\.json: entry 0: filename, in neither train2014_img nor train2014: "
+        rf"'train2014_img/{entries[0]['filename']}': no such file in .*1 of 3 images are missing"
+    )
+    (tmp_path / "train2014").rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=message):
+        read_captions(path, tmp_path)
+
+
 def test_missing_images_are_counted_and_the_first_named(tmp_path):
     entries = caption_entries(tmp_path)
     (tmp_path / "val2014_img" / entries[1]["filename"]).unlink()

@@ -14,6 +14,7 @@ from fastpeft.metrics import ptb
 from fastpeft.metrics.captions import (
     METRICS,
     caption_records,
+    check_words,
     coco_submission,
     numbered,
     read_caption_results,
@@ -218,6 +219,20 @@ def test_some_metrics_and_blank_predictions(capsys):
 def test_what_cannot_be_scored(change, message):
     with pytest.raises(DataError, match=message):
         score_captions(**{"predictions": PREDICTIONS, "references": REFERENCES, "tokenizer": "python"} | change)
+
+
+@pytest.mark.parametrize("tokenizer", ["python", pytest.param("java", marks=needs_java)])
+def test_references_without_a_word_are_named(tokenizer):
+    wordless = {"b": (".", "!"), "a": ("...",)}
+    message = r"captions: no reference has a word to score by; the first image is b, which has '\.'"
+    with pytest.raises(DataError, match=message):
+        score_captions({"a": "a cat", "b": "a dog"}, wordless, tokenizer=tokenizer, metrics=("CIDEr",))
+    with pytest.raises(DataError, match=message):
+        check_words(wordless, tokenizer)
+    # One image may be without, as long as another is not.
+    some = wordless | {"a": ("...", "A cat.")}
+    check_words(some, tokenizer)
+    assert score_captions({"a": "a cat", "b": "a dog"}, some, tokenizer=tokenizer, metrics=("CIDEr",)).scores
 
 
 @pytest.fixture

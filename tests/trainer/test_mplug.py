@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 import fastpeft
 from fastpeft.metrics import ptb
 from fastpeft.models.mplug import MPlug
+from fastpeft.models.mplug.generation import generate
 from fastpeft.trainer.loop import Loop
+from fastpeft.trainer.mplug import work
 from fastpeft.trainer.mplug.work import MPlugWork
 from fastpeft.trainer.stepper import Stepper
 from tests.native.amx import needs_amx
@@ -165,6 +167,64 @@ def test_an_answer_too_long_to_be_chosen_is_named_before_training(train, write, 
     path = answer_list(tmp_path, *EVERY_ANSWER, "red " * 40)
     code, _, err = train(write("vqa", data={"answer_list": path}))
     assert code == 2 and f"{path}: entry 7: has 41 tokens, and the model 40 positions" in one_line(err)
+
+
+@pytest.mark.parametrize("habits", [{}, {"frozen_beams": True, "early_stop": False}], ids=("original", "other"))
+def test_the_searchs_habits_are_as_configured(train, write, monkeypatch, habits):
+    seen = []
+
+    def recorded(model, memory, settings):
+        seen.append(settings)
+        return generate(model, memory, settings)
+
+    monkeypatch.setattr(work, "generate", recorded)
+    code, _, err = train(write(eval=habits, train={"steps": 2}))
+    assert code == 0, err
+    expected = habits or {"frozen_beams": False, "early_stop": True}
+    assert seen and all((s.frozen_beams, s.early_stop) == tuple(expected.values()) for s in seen)
+
+
+LONG = "red " * 60
+
+
+@pytest.mark.parametrize(
+    "kind, changes, expected",
+    [
+        ("captions", {"eval": {"max_length": 41}}, "eval: max_length: 41 tokens do not fit the model's 40 positions"),
+        ("captions", {"data": {"max_length": 42}}, "data: max_length: 42 tokens do not fit the model's 40 positions"),
+        ("captions", {"data": {"prompt": LONG}}, "red ': has 61 tokens, and the model 40 positions"),
+        ("vqa", {"eval": {"max_length": 41}}, "eval: max_length: 41 tokens do not fit the model's 40 positions"),
+        ("vqa", {"data": {"max_length": 41}}, "data: max_length: 41 tokens do not fit"),
+    ],
+)
+def test_lengths_without_positions_are_told_before_training(train, write, tmp_path, kind, changes, expected):
+    code, _, err = train(write(kind, **changes))
+    assert code == 2 and expected in one_line(err)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "split, field, value, expected",
+    [
+        ("val", "question", LONG, "entry 2 (question_id 12): question: has 65 tokens, and the model 40 positions"),
+        ("test", "question", LONG, "entry 2 (question_id 12): question: has 65 tokens, and the model 40 positions"),
+        ("train", "answer", ["red"] * 9 + [LONG.strip()], f"entry 2 (question_id 12): answer '{LONG.strip()}': has 61"),
+    ],
+)
+def test_texts_without_positions_are_named_before_training(
+    train, write, tmp_path, squares, split, field, value, expected
+):
+    entries = json.loads((squares / f"vqa_{split}.json").read_text())
+    entries[2][field] = value
+    (tmp_path / "long.json").write_text(json.dumps(entries))
+    code, _, err = train(write("vqa", data={split: str(tmp_path / "long.json")}))
+    assert code == 2 and f"data: {tmp_path / 'long.json'}: {expected}" in one_line(err)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_texts_as_long_as_the_positions_train(train, write):
+    code, _, err = train(write(data={"max_length": 41}, eval={"max_length": 40}, train={"steps": 2}))
+    assert code == 0, err
 
 
 def test_a_run_goes_on_though_there_are_new_keys(train, write, tmp_path):
@@ -554,6 +614,19 @@ def no_java(tmp_path, monkeypatch):
 def test_a_missing_java_is_told_before_training(train, write, tmp_path, no_java, settings, expected):
     code, _, err = train(write(eval=settings))
     assert code == 2 and f"eval: {expected}" in one_line(err)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_captions_without_a_word_are_told_before_training(train, write, tmp_path, squares, split):
+    images = json.loads((squares / "captions.json").read_text())["images"]
+    for image in [image for image in images if image["split"] == split][:2]:
+        image["sentences"] = [{"raw": "."}]
+    path = tmp_path / "wordless.json"
+    path.write_text(json.dumps({"images": images}))
+    config = write(data={split: str(path), f"{split}_size": 2})
+    code, _, err = train(config)
+    assert code == 2 and f"data: {path}: {split}: captions: no reference has a word to score by" in one_line(err)
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 

@@ -78,7 +78,8 @@ def fit(
         optional: whether it may lack it nevertheless.
 
     Raises:
-        FastPEFTError: a tensor is missing or of another shape, tied tensors differ, or the file is of another model.
+        FastPEFTError: a tensor is missing, of another shape or not finite, tied tensors differ, or the file is of
+            another model.
     """
     found = dict(found)
     wanted = model.state_dict(keep_vars=True)
@@ -170,3 +171,6 @@ def _check_tensors(wanted: dict[str, Tensor], found: dict[str, Found], label: st
             raise FastPEFTError(
                 f"{label}: {entry.given} holds {entry.tensor.dtype}, expected the floating-point numbers of {name}"
             )
+        # Shapes alone are compared on the meta device, which has no numbers.
+        if not entry.tensor.is_meta and not entry.tensor.isfinite().all():
+            raise FastPEFTError(f"{label}: {entry.given} has values that are not finite numbers; the file is damaged")

@@ -119,6 +119,7 @@ class MPlug(nn.Module):
     def encode_text(self, ids: Tensor, mask: Tensor | None = None) -> Stream:
         """Text (B, L), which of it is real (B, L) -> (B, L, D); longer where prompts stand before it."""
         self._check_text(ids, mask)
+        self._check_vocabulary(ids)
         text = self._enter("text", Stream(self.text_encoder.embeddings(ids), mask))
         x = text.states
         for number, layer in self.text_encoder.encoder.numbered():
@@ -149,12 +150,16 @@ class MPlug(nn.Module):
             route: "fused": [V; T] after the fusion. "image": V as it comes from the image tower.
 
         Raises:
-            FastPEFTError: another route.
+            FastPEFTError: another route, or on "fused" no text, or texts that are not one an image.
         """
         if route not in ROUTES:
             raise FastPEFTError(f"route must be one of {', '.join(ROUTES)}, got {route!r}")
         if route == "image":
             return image
+        if ids is None:
+            raise FastPEFTError('the route "fused" reads a text beside the image: give ids (B, L), or route="image"')
+        if len(ids) != len(image.states):
+            raise FastPEFTError(f"each image needs one text, got {len(image.states)} images and {len(ids)} texts")
         return join(*self.fuse(self.encode_text(ids, mask), image))
 
     def hidden(
@@ -318,6 +323,16 @@ class MPlug(nn.Module):
         if mask is not None and (mask.dtype != torch.bool or mask.shape != ids.shape):
             expected, found = tuple(ids.shape), tuple(mask.shape)
             raise FastPEFTError(f"a mask must be boolean and {expected}, got {mask.dtype} {found}")
+
+    def _check_vocabulary(self, ids: Tensor) -> None:
+        # A look at numbers on a GPU would wait for it, and what is traced or compiled has none.
+        if ids.device.type != "cpu" or type(ids) is not Tensor or torch.compiler.is_compiling():
+            return
+        strange = ids[(ids < 0) | (ids >= self.config.vocab_size)]
+        if strange.numel():
+            raise FastPEFTError(
+                f"the text has token {strange[0].item()}, but the model's vocabulary has {self.config.vocab_size}"
+            )
 
 
 def image_tower(config: MPlugConfig) -> nn.Module:

@@ -94,6 +94,14 @@ class Tokenizer:
             mask[i, : len(row)] = True
         return ids, mask
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """How many ids each of some texts has, `[CLS]` among them; none for no texts.
+
+        Raises:
+            FastPEFTError: one of them is not a string.
+        """
+        return [len(row) for row in self._ids(texts, None)] if len(texts) else []
+
     def decode(self, ids: Tensor | Sequence[int]) -> str:
         """The text of one sequence of ids, without `[CLS]`, `[SEP]` and `[PAD]`.
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from fastpeft.config_mplug import QuestionConfig
 from fastpeft.data.answer_list import check_answers, read_answer_list
 from fastpeft.data.draws import drawn_share
-from fastpeft.data.errors import DataError
 from fastpeft.data.vl_batches import VqaBatch, VqaCollate
 from fastpeft.data.vl_datasets import END, VqaQuestions
 from fastpeft.data.vqa import TEMPLATES, Questions, read_vqa
@@ -21,6 +20,7 @@ from fastpeft.metrics.vqa import Annotation, annotations_from, annotations_of, v
 from fastpeft.models.mplug import Stream, rank_answers
 from fastpeft.models.mplug.generation import ranking_calls
 from fastpeft.trainer.mplug.build import open_tokenizer
+from fastpeft.trainer.mplug.lengths import check_questions
 from fastpeft.trainer.mplug.lockstep import Lockstep
 from fastpeft.trainer.mplug.task import MPlugTask, Split, image_files, prepared
 from fastpeft.trainer.mplug.work import MPlugWork
@@ -54,8 +54,7 @@ def prepare(config: QuestionConfig, source: str) -> tuple[MPlugTask, nn.Module]:
         about += f"; {len(answers):,} answers to choose from"
     task, model = prepared(config, source, tokenizer, split, about)
     task.answers = answers
-    with blame(source, "data"):
-        _check_lengths(task, model.config.max_positions)
+    check_questions(task, model.config.max_positions)
     return task, model
 
 
@@ -77,15 +76,6 @@ def _answers(config: QuestionConfig, found: dict[str, Questions], chosen: list[i
             numbers = _used(config, name, questions, chosen)
             check_answers(path, answers, questions, numbers, training=name == "train")
     return answers
-
-
-def _check_lengths(task: MPlugTask, positions: int) -> None:
-    """Look for an answer to choose from that the first evaluation could not read."""
-    path = task.config.data.answer_list
-    for number, answer in enumerate(task.answers or ()):
-        tokens = len(task.tokenizer.encode(answer + END)) - 1
-        if tokens > positions:
-            raise DataError(f"{path}: entry {number}: has {tokens} tokens, and the model {positions} positions")
 
 
 def _gold(config: QuestionConfig, name: str, questions: Questions) -> dict[int, Annotation] | None:

@@ -16,10 +16,11 @@ from fastpeft.data.errors import DataError
 from fastpeft.data.vl_batches import CaptionBatch, CaptionCollate
 from fastpeft.data.vl_datasets import END, CaptionImages, CaptionPairs
 from fastpeft.metrics import ptb
-from fastpeft.metrics.captions import METRICS, caption_records, coco_submission, numbered, score_captions
+from fastpeft.metrics.captions import METRICS, caption_records, check_words, coco_submission, numbered, score_captions
 from fastpeft.metrics.result_files import write_records
 from fastpeft.models.mplug import Stream
 from fastpeft.trainer.mplug.build import open_tokenizer
+from fastpeft.trainer.mplug.lengths import check_captions
 from fastpeft.trainer.mplug.task import MPlugTask, Split, image_files, prepared
 from fastpeft.trainer.mplug.work import MPlugWork
 from fastpeft.trainer.task import blame
@@ -41,13 +42,14 @@ def prepare(config: CaptionConfig, source: str) -> tuple[MPlugTask, nn.Module]:
         for name, path in (("val", data.val), ("test", data.test)):
             if path is not None:
                 found[name] = read_captions(path, data.root, name)
-                found[name].references()
-                numbered(found[name])
+                _check_references(config, name, found[name])
         chosen = drawn_share(len(found["train"].pairs), 100 * data.data_ratio, data.seed)
     sizes = [f"{len(chosen):,} of {len(found['train'].pairs):,} captions"]
     sizes += [f"{len(split.images):,} {name} images" for name, split in found.items() if name != "train"]
     split = partial(_splits, config, found, [int(number) for number in chosen])
-    return prepared(config, source, tokenizer, split, f"captions of {data.train}: {', '.join(sizes)}")
+    task, model = prepared(config, source, tokenizer, split, f"captions of {data.train}: {', '.join(sizes)}")
+    check_captions(task, model.config.max_positions)
+    return task, model
 
 
 def _check_scorers(config: CaptionConfig) -> None:
@@ -65,6 +67,26 @@ def _check_scorers(config: CaptionConfig) -> None:
         raise DataError("metric: METEOR needs Java, and no 'java' that runs was found; give another, such as cider")
 
 
+def _check_references(config: CaptionConfig, name: str, captions: Captions) -> None:
+    """Look whether the captions that are generated for a split can be scored.
+
+    Raises:
+        DataError: They cannot; with the file.
+    """
+    captions.references()
+    numbered(captions)
+    asked = Captions([captions.images[number] for number in _used(config, name, captions)])
+    try:
+        check_words(asked.references(), config.eval.tokenizer)
+    except DataError as error:
+        raise DataError(f"{getattr(config.data, name)}: {name}: {error}") from None
+
+
+def _used(config: CaptionConfig, name: str, captions: Captions) -> list[int]:
+    """Numbers of the images of `val` or `test` that captions are generated for."""
+    return list(range(len(captions.images)))[: {"val": config.data.val_size, "test": config.data.test_size}[name]]
+
+
 def _splits(config: CaptionConfig, found: dict[str, Captions], chosen: list[int], size: int) -> dict[str, Split]:
     data, splits = config.data, {}
     prompt = data.prompt if data.route == "fused" else None
@@ -75,8 +97,7 @@ def _splits(config: CaptionConfig, found: dict[str, Captions], chosen: list[int]
             dataset = CaptionPairs(captions, files, prompt=prompt, chosen=chosen)
             used = sorted({captions.pairs[number][0] for number in chosen})
         else:
-            limit = data.val_size if name == "val" else data.test_size
-            used = list(range(len(captions.images)))[:limit]
+            used = _used(config, name, captions)
             dataset = CaptionImages(captions, files, prompt=prompt, chosen=used)
         splits[name] = Split(dataset, captions, used)
     return splits

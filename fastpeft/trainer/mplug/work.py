@@ -58,6 +58,8 @@ class MPlugWork(Work):
             given.min_length,
             given.max_length,
             given.alpha,
+            given.frozen_beams,
+            given.early_stop,
             start_id=model_config.cls_id,
             end_id=model_config.sep_id,
         )

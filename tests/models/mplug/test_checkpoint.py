@@ -153,6 +153,17 @@ def test_a_file_that_lacks_any_used_tensor_is_refused():
     assert_holds(model, before)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_used_weight_that_is_no_number_is_refused(value):
+    state, model = copies(make()), make()
+    before = copies(model)
+    name = "text_encoder.encoder.layer.0.intermediate.dense.bias"
+    state[name][3] = value
+    with pytest.raises(FastPEFTError, match=rf"file: {re.escape(name)} has values that are not finite numbers"):
+        load(state, model)
+    assert_holds(model, before)
+
+
 def test_what_is_not_used_may_be_absent():
     state = tensors(TINY)
     wanted = expected(state, TINY)

@@ -193,6 +193,15 @@ def test_inputs_that_do_not_fit():
         model.encode_image(torch.zeros(3, 3, 40, 32))
     with pytest.raises(FastPEFTError, match="route must be one of fused, image, got 'raw'"):
         model.memory(image, given.ids, given.mask, route="raw")
+    with pytest.raises(FastPEFTError, match=r'the route "fused" reads a text beside the image: give ids \(B, L\)'):
+        model.memory(image, None)
+    assert model.memory(image, None, route="image") is image
+    with pytest.raises(FastPEFTError, match="each image needs one text, got 3 images and 2 texts"):
+        model.memory(image, given.ids[:2], given.mask[:2])
+    for token in (-1, TINY.vocab_size):
+        message = f"the text has token {token}, but the model's vocabulary has {TINY.vocab_size}"
+        with pytest.raises(FastPEFTError, match=message):
+            model.encode_text(torch.full((3, 2), token))
     with pytest.raises(FastPEFTError, match="the decoder needs a memory, or a cache that has seen one"):
         model.decode(given.text, None, None)
     with pytest.raises(FastPEFTError, match="the decoder needs a memory, or a cache that has seen one"):
