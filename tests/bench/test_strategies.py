@@ -78,14 +78,16 @@ def test_names_and_fields_of_training_sets(vtab):
 
 def test_a_result_file_of_an_earlier_version_is_brought_up_to_date(tmp_path):
     old = [name for name in FIELDS if name not in LATER]
+    values = {name: f"{name}0" for name in old} | {"seed": "0", "accuracy": "0.25", "point": "base_lr=1"}
     results = Results(tmp_path / "results.csv")
-    results.path.write_text(",".join(old) + "\n" + ",".join(f"{name}0" for name in old) + "\n")
+    results.path.write_text(",".join(old) + "\n" + ",".join(values[name] for name in old) + "\n")
     (row,) = results.rows()
     assert all(row[name] == "" for name in ("setting", "train_size", "saved_mb"))
-    assert row["accuracy"] == "accuracy0" and tuple(row) == FIELDS
-    results.add(dict.fromkeys(FIELDS, "1"))
+    assert row["accuracy"] == "0.25" and row["task"] == "task0" and tuple(row) == FIELDS
+    another = dict.fromkeys(FIELDS, "1") | {"point": "base_lr=2"}
+    results.add(another)
     assert results.path.read_text().splitlines()[0] == ",".join(FIELDS)
-    assert results.rows() == [row, dict.fromkeys(FIELDS, "1")]
+    assert results.rows() == [row, another]
 
 
 def test_the_papers_strategies(vtab, tmp_path):
