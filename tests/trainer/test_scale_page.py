@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import dropwhile, takewhile
+
 import pytest
 import torch
 
@@ -27,8 +29,9 @@ PAGE = (ROOT / "docs" / "scale.md").read_text()
 
 
 def table() -> dict[str, dict[str, str]]:
-    """The page's only table: column -> row -> cell."""
-    lines = [line.strip().strip("|").split("|") for line in PAGE.splitlines() if line.startswith("|")]
+    """The page's first table, those behind it being of what was measured: column -> row -> cell."""
+    lines = dropwhile(lambda line: not line.startswith("|"), PAGE.splitlines())
+    lines = [line.strip().strip("|").split("|") for line in takewhile(lambda line: line.startswith("|"), lines)]
     (_, *names), _, *rows = [[cell.strip() for cell in line] for line in lines]
     return {name: {row[0]: row[number] for row in rows} for number, name in enumerate(names, 1)}
 
