@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before anything imports huggingface_hub, which reads it once.
@@ -20,6 +21,12 @@ if not torch.cuda.is_available():
 from fastpeft._compat import import_timm
 
 import_timm()
+
+
+def pytest_collection_finish():
+    """Leave what is imported, which stays, out of every collection of garbage: a tenth of the time of all tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

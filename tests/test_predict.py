@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,16 +12,23 @@ import torch
 import fastpeft
 from fastpeft import predict
 from fastpeft.models.build import build_model
-from tests.trainer.conftest import images, train, write_config  # noqa: F401 - fixtures
+from fastpeft.train import main as train
+from tests.trainer.conftest import images, write_run  # noqa: F401 - fixtures
 
 SIZE, MEAN, STD = 32, [0.5] * 3, [0.5] * 3
 
 
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory) -> Path:  # noqa: F811
+    folder = tmp_path_factory.mktemp("trained")
+    assert train(["--config", str(write_run(images, folder, train={"epochs": 12}))]) == 0
+    return folder / "out" / "adapter"
+
+
 @pytest.fixture
-def adapter(train, write_config, tmp_path) -> Path:  # noqa: F811
-    code, _, err = train(write_config(train={"epochs": 12}))
-    assert code == 0, err
-    return tmp_path / "out" / "adapter"
+def adapter(trained, tmp_path) -> Path:
+    """A copy, which a test may spoil."""
+    return Path(shutil.copytree(trained, tmp_path / "adapter"))
 
 
 def test_the_command_names_classes(adapter, images, capfd):  # noqa: F811

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from bench import device
+from tests.thinned import thinned
 
 B16 = "vit_base_patch16_224"
 
@@ -21,12 +22,14 @@ def held(tmp_path, part):
     return json.loads((tmp_path / "device.json").read_text())["parts"][part]
 
 
-def test_verify_checks_operators_and_steps_and_then_has_nothing_left_to_do(tmp_path, capsys):
-    arguments = ("--part", "verify", "--operators", "layer_norm,mlp", "--methods", "vpt-deep-10,mlp-3")
+@pytest.mark.parametrize("more", [("", ""), pytest.param((",mlp", ",mlp-3"), marks=pytest.mark.slow)], ids=str)
+def test_verify_checks_operators_and_steps_and_then_has_nothing_left_to_do(more, tmp_path, capsys):
+    operators, methods = f"layer_norm{more[0]}", f"vpt-deep-10{more[1]}"
+    arguments = ("--part", "verify", "--operators", operators, "--methods", methods)
     assert run(tmp_path, *arguments) == 0
     rows = held(tmp_path, "verify")
     steps = [row for key, row in rows.items() if key.startswith("step/")]
-    assert len(steps) == 7 and all(row["passed"] and row["seed"] for row in steps)
+    assert len(steps) == (7 if more[1] else 4) and all(row["passed"] and row["seed"] for row in steps)
     kernels = {key: row for key, row in rows.items() if key.startswith("operator/layer_norm/triton/float16/")}
     assert len(kernels) == 2
     for row in kernels.values():
@@ -40,10 +43,11 @@ def test_verify_checks_operators_and_steps_and_then_has_nothing_left_to_do(tmp_p
     assert "float16" in again and "] operator/layer_norm/triton/float16" not in again
 
 
-def test_ops_times_every_way_to_compute_a_problem(tmp_path, capsys):
-    assert run(tmp_path, "--part", "ops") == 0
+@pytest.mark.parametrize("operators", thinned(["layer_norm,lora_linear", "prompt_attention,adapter,mlp,layer_norm"], 2))
+def test_ops_times_every_way_to_compute_a_problem(operators, tmp_path, capsys):
+    assert run(tmp_path, "--part", "ops", "--operators", operators) == 0
     rows = held(tmp_path, "ops")
-    assert {key.split("/")[0] for key in rows} == {"prompt_attention", "layer_norm", "lora_linear", "adapter", "mlp"}
+    assert {key.split("/")[0] for key in rows} == {*operators.split(",")}
     for row in rows.values():
         assert row["ceilings"]["gemm_tflops"] > 0 and row["ceilings"]["memory_gbs"] > 0
         assert row["bytes"]["both"] > row["bytes"]["forward"] > 0
@@ -58,11 +62,11 @@ def test_ops_times_every_way_to_compute_a_problem(tmp_path, capsys):
 
 def test_tune_keeps_the_choices_of_operators_and_steps(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FASTPEFT_CACHE", str(tmp_path / "cache"))
-    arguments = ("--part", "tune", "--operators", "layer_norm,mlp", "--methods", "vpt-deep-1", "--model", B16)
+    arguments = ("--part", "tune", "--operators", "layer_norm", "--methods", "vpt-deep-1", "--model", B16)
     assert run(tmp_path, *arguments) == 0
     rows = held(tmp_path, "tune")
     chosen = {key: row["choices"] for key, row in rows.items()}
-    assert {key.split("/")[0] for key in rows} == {"layer_norm", "mlp", f"{B16}-tiny-32px"}
+    assert {key.split("/")[0] for key in rows} == {"layer_norm", f"{B16}-tiny-32px"}
     (step,) = (choices for key, choices in chosen.items() if "/train/vpt-deep-1" in key)
     assert {key.split(" ")[0] for key in step} >= {"layer_norm._forward_kernel", "mlp.mlp_activate"}
     for entry in step.values():

@@ -247,7 +247,11 @@ def test_a_backbone_that_no_family_has():
 
 
 @pytest.mark.parametrize("name", [name for name in MINE if name not in SHORT])
-def test_a_table_is_laid_out_from_its_results_alike_each_time(name, vtab, tmp_path, capsys):
+@pytest.mark.parametrize("figures", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_table_is_laid_out_from_its_results_alike_each_time(name, figures, vtab, tmp_path, capsys, monkeypatch):
+    if not figures:
+        # They take most of the time.
+        monkeypatch.setattr("bench.tables.__main__._draw", lambda *_: None)
     spec = tables()[name]
     tasks = [task for task in TASKS if spec.takes(task)]
     out, chosen = tmp_path / "out", dataclasses.replace(request_of(name, tmp_path, tasks), root=vtab)

@@ -11,6 +11,7 @@ import fastpeft
 from fastpeft.ops import choose
 from fastpeft.ops.choose import BackendError, Chip
 from tests.kernels.close import error
+from tests.thinned import paired, thinned
 from tests.tiny import METHODS, images, patched, vit
 
 pytest.importorskip("triton")
@@ -41,8 +42,7 @@ def assert_same(logits, gradients, expected, others, bound=1e-4):
     assert max(wrong.values()) <= bound, {name: value for name, value in wrong.items() if value > bound}
 
 
-@pytest.mark.parametrize("variant", ["class_token", "layer_scale", "registers"])
-@pytest.mark.parametrize("method", REACHES)
+@pytest.mark.parametrize("method, variant", paired([*REACHES], ["class_token", "layer_scale", "registers"]))
 def test_a_step_on_the_kernels_is_the_references(method, variant, calls):
     model = patched(METHODS[method], variant)
     twin = copy.deepcopy(model)
@@ -78,7 +78,7 @@ def test_switching_a_patched_model(calls):
     assert fastpeft.summary(model).backends["mlp"] == "reference"
 
 
-@pytest.mark.parametrize("method", ["vpt-deep", "lora-all", "adapter"])
+@pytest.mark.parametrize("method", thinned(["adapter", "lora-all", "vpt-deep"], 3))
 def test_compiled_without_a_break_in_the_graph(method):
     model = patched(METHODS[method]).train()
     twin = copy.deepcopy(model)
@@ -92,7 +92,7 @@ def test_compiled_without_a_break_in_the_graph(method):
     assert_same(logits.detach(), gradients, expected, others)
 
 
-@pytest.mark.parametrize("method", ["vpt-deep", "lora-all", "adapter"])
+@pytest.mark.parametrize("method", thinned(["adapter", "lora-all", "vpt-deep"], 3))
 def test_autocast_gives_kernels_what_it_gives_products(method):
     ours, plain = {}, {}
     for draw in range(3):

@@ -29,6 +29,13 @@ def left(watched: list[weakref.ref]) -> list[object]:
     return [type(one()) for one in watched if one() is not None]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_objects():
+    """Collect among this module's objects, not among all that other tests and libraries have made."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("end", ["forward", "step", "counted", "unpatched"])
 @pytest.mark.parametrize("method", [*FEW, "full", "prefix-hidden", "serial"])

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import fastpeft
+from tests.thinned import thinned
 from tests.tiny import FEW, METHODS, images, labels, patched, vit
 from tests.twins import step
 
@@ -64,7 +65,7 @@ def test_a_block_is_one_graph(method):
     assert counter.graphs == 1
 
 
-@pytest.mark.parametrize("method", ["vpt-deep", "lora-dropout"])
+@pytest.mark.parametrize("method", thinned(["lora-dropout", "vpt-deep"], 2))
 def test_dropout_steps_do_not_recompile(method):
     model = small(method).train()
     counter = Counter()
@@ -81,7 +82,7 @@ def test_dropout_steps_do_not_recompile(method):
     assert not torch.allclose(logits[0], logits[1])
 
 
-@pytest.mark.parametrize("method", ["vpt-deep", "lora-dropout"])
+@pytest.mark.parametrize("method", thinned(["lora-dropout", "vpt-deep"], 2))
 def test_gradients_through_the_traced_backward(method):
     # The dropout masks are drawn again in the backward graph, or kept: they must be the forward's.
     model = small(method, dtype=torch.float64).train()

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from bench.kernels import CHIPS, operators
+from tests.thinned import thinned
 
 # The chip that results are from; what another one needs is compiled with the slow tests.
 USUAL = 90
@@ -24,7 +25,7 @@ def compiled(capsys, operator, *options, chips=CHIPS):
     assert all(f"sm_{chip}" in done.stdout for chip in chips)
 
 
-@pytest.mark.parametrize("operator", operators())
+@pytest.mark.parametrize("operator", thinned(operators(), 2))
 def test_no_spills_and_within_the_chips_limits(operator, capsys):
     compiled(capsys, operator, chips=[USUAL])
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.kernels.close import assert_close, error
+from tests.thinned import paired
 
 pytest.importorskip("triton")
 
@@ -88,10 +89,12 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, terms: list, dy: Tenso
             assert_close(f"{name}{index}", value.to(x.dtype), base, exact)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("case", CASES)
-def test_forward_and_gradients(case, variant, dtype, poisoned_memory):
+@pytest.mark.parametrize(
+    "case, kind",
+    paired([*CASES], [(variant, dtype) for variant in VARIANTS for dtype in (torch.float32, torch.float16)]),
+)
+def test_forward_and_gradients(case, kind, poisoned_memory):
+    variant, dtype = kind
     check(*problem(case, dtype), variant)
 
 

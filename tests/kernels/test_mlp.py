@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tests.kernels.close import assert_close, error
+from tests.thinned import thinned
 
 pytest.importorskip("triton")
 
@@ -30,6 +33,7 @@ SHAPES = [(1, 40, 48, "own"), (17, 72, 100, None), (65, 100, 144, "fp32"), (130,
 # Eight bits are not offered for fp32.
 KEPT = [(keep, dtype) for dtype in (torch.float32, torch.float16) for keep in mlp.KEEP]
 KEPT.remove(("derivative8", torch.float32))
+EVERY = thinned(itertools.product(SHAPES, ACTIVATIONS, VARIANTS, KEPT), 7)
 
 
 def problem(rows: int, inner: int, out: int, bias: str | None, dtype: torch.dtype) -> tuple:
@@ -54,11 +58,9 @@ def test_every_activation_is_tested():
     assert set(ACTIVATIONS) == set(CODES) == set(mlp.DERIVATIVE_RANGES)
 
 
-@pytest.mark.parametrize(("keep", "dtype"), KEPT, ids=str)
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def test_forward(shape, activation, keep, variant, dtype, poisoned_memory):
+@pytest.mark.parametrize("shape, activation, variant, kind", EVERY)
+def test_forward(shape, activation, variant, kind, poisoned_memory):
+    keep, dtype = kind
     x, weight, bias = problem(*shape, dtype)
     a, kept = mlp.forward(x, weight, bias, activation, keep=keep, variant=variant)
     base_z, base_a = plain(x, weight, bias, activation, dtype)
@@ -80,12 +82,9 @@ def test_forward(shape, activation, keep, variant, dtype, poisoned_memory):
         assert (off <= step / 2 + 1.2 * rounding)[clear].all()
 
 
-@pytest.mark.parametrize(("keep", "dtype"), KEPT, ids=str)
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("shape", [(1, 40, 48), (17, 72, 100), (65, 100, 144), (130, 96, 64)], ids=str)
-def test_backward_input(shape, activation, keep, variant, dtype, poisoned_memory):
-    rows, out, hidden = shape
+@pytest.mark.parametrize("shape, activation, variant, kind", EVERY)
+def test_backward_input(shape, activation, variant, kind, poisoned_memory):
+    (rows, out, hidden, _), (keep, dtype) = shape, kind
     dy = torch.randn(rows, out, device=DEVICE).to(dtype)
     weight = (torch.randn(out, hidden, device=DEVICE) / out**0.5).to(dtype)
     z = (torch.randn(rows, hidden, device=DEVICE) * 2).to(dtype)

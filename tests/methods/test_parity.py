@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastpeft
+from tests.thinned import paired
 from tests.tiny import FEW, METHODS, VARIANTS, fits
 from tests.twins import assert_same_step, measure
 
@@ -48,8 +49,7 @@ def test_sums_do_not_depend_on_the_order_of_independent_parts():
         assert_same_step(method, "class_token", True)
 
 
-@pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method, kind", paired([*METHODS], [*TYPES]))
 def test_rounding_errors_are_at_most_twice_the_literal_models(kind, method):
     _check_errors(kind, "class_token", method)
 
@@ -61,8 +61,7 @@ def test_rounding_errors_on_other_variants(kind, variant, method):
     _check_errors(kind, variant, method)
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method, kind", paired([*METHODS], ["float32", "bfloat16"]))
 def test_rounding_errors_in_evaluation_mode(kind, method):
     _check_errors(kind, "class_token", method, training=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -36,33 +37,34 @@ def images(tmp_path_factory) -> Path:
     return root
 
 
+def write_run(images: Path, folder: Path, **changes) -> Path:
+    """Write a configuration file, given the sections that differ from the defaults here, and return its path."""
+    tree = {
+        "model": {"name": "test_vit", "weights": "random", "image_size": 32},
+        "data": {"name": "folder", "root": str(images)},
+        "method": {"name": "vpt", "length": 3},
+        "train": {
+            "epochs": 3,
+            "batch_size": 8,
+            "optimizer": "adamw",
+            "lr": {"vpt": 1e-2, "head": 1e-2},
+            "warmup_epochs": 1,
+            "precision": "fp32",
+        },
+        "out": str(folder / "out"),
+    }
+    for section, values in changes.items():
+        replace = section in ("method", "out")
+        tree[section] = values if replace else tree[section] | values
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
 @pytest.fixture
 def write_config(images, tmp_path):
-    """Write a configuration file, given the sections that differ from the defaults here, and return its path."""
-
-    def write(**changes) -> Path:
-        tree = {
-            "model": {"name": "test_vit", "weights": "random", "image_size": 32},
-            "data": {"name": "folder", "root": str(images)},
-            "method": {"name": "vpt", "length": 3},
-            "train": {
-                "epochs": 3,
-                "batch_size": 8,
-                "optimizer": "adamw",
-                "lr": {"vpt": 1e-2, "head": 1e-2},
-                "warmup_epochs": 1,
-                "precision": "fp32",
-            },
-            "out": str(tmp_path / "out"),
-        }
-        for section, values in changes.items():
-            replace = section in ("method", "out")
-            tree[section] = values if replace else tree[section] | values
-        path = tmp_path / "run.yaml"
-        path.write_text(yaml.safe_dump(tree))
-        return path
-
-    return write
+    """`write_run` into the test's own folder."""
+    return functools.partial(write_run, images, tmp_path)
 
 
 @pytest.fixture
@@ -90,13 +92,19 @@ def command(environment):
 
 
 @pytest.fixture
-def train(capfd):
-    """Run the training command in this process; returns exit code, output and errors."""
+def train(capfd, monkeypatch):
+    """Run the training command in this process, which draws only if asked; returns exit code, output and errors."""
+    from fastpeft.trainer import results
 
-    def run(config: Path, *arguments: str):
+    drawn = results.draw
+
+    def run(config: Path, *arguments: str, draws: bool = False):
         from fastpeft.train import main
 
-        code = main(["--config", str(config), *arguments])
+        with monkeypatch.context() as patch:
+            if not draws and results.draw is drawn:
+                patch.setattr(results, "draw", lambda *_: None)
+            code = main(["--config", str(config), *arguments])
         out, err = capfd.readouterr()
         return code, out, err
 

@@ -21,7 +21,7 @@ def results(out: Path) -> dict:
 
 
 def test_a_run_learns_and_leaves_everything_it_promises(train, write_config, tmp_path):
-    code, out, err = train(write_config(train={"epochs": 12}))
+    code, out, err = train(write_config(train={"epochs": 12}), draws=True)
     assert code == 0, err
     found = results(tmp_path / "out")
     assert found["test_accuracy"]["last"] > 0.9
