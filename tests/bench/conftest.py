@@ -38,3 +38,9 @@ def vtab_of():
 def vtab(tmp_path):
     """The task folders."""
     return draw(tmp_path)
+
+
+@pytest.fixture
+def no_worker(monkeypatch):
+    """A run of pytest inside this one is no worker of it."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)

@@ -330,12 +330,6 @@ def _run_pytest(folder, *options):
 
 
 @pytest.fixture
-def no_worker(monkeypatch):
-    """A run inside this one is no worker of it."""
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
-
-
-@pytest.fixture
 def without_a_clock(monkeypatch, no_worker):
     """Groups with fabricated timings, in this process."""
 
@@ -381,7 +375,7 @@ def test_a_mistake_on_the_command_line_is_one_line(tmp_path, capsys, no_worker, 
 
 
 @pytest.mark.slow
-def test_what_is_measured_in_a_process_of_its_own_is_in_the_table(tmp_path):
+def test_what_is_measured_in_a_process_of_its_own_is_in_the_table(tmp_path, no_worker):
     path = tmp_path / "measured.json"
     options = _run_pytest(tmp_path, "--bench-rows", "vpt-deep-1", "--benchmark-json", str(path))
     done = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=ROOT, capture_output=True, text=True)

@@ -337,7 +337,7 @@ def test_patterns_choose_benchmarks():
 
 
 @pytest.mark.slow
-def test_benchmarks_in_little(tmp_path):
+def test_benchmarks_in_little(tmp_path, no_worker):
     path = tmp_path / "then.json"
     asked = ["--bench-mplug", "vqa/cached/lora", "--bench-mplug-tiny", "--bench-turns", "3"]
     run = [sys.executable, "-m", "pytest", "bench/test_mplug.py", "--benchmark-only", *asked, "-q"]

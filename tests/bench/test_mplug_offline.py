@@ -115,7 +115,10 @@ def test_one_turn_of_the_study(few, tmp_path, monkeypatch):
     schedule = dataclasses.replace(
         schedule, train={**schedule.train, **short}, ratios=(1.0,), sizes={**schedule.sizes, "lora": (2,)}
     )
-    protocol = dataclasses.replace(plan.PROTOCOL, schedules={CAPTION: schedule, VQA: plan.PROTOCOL.schedules[VQA]})
+    # A run of its own, of a step or two, says what is answered without tuning.
+    untuned = plan.PROTOCOL.schedules[VQA]
+    untuned = dataclasses.replace(untuned, train={**untuned.train, "warmup_steps": 0})
+    protocol = dataclasses.replace(plan.PROTOCOL, schedules={CAPTION: schedule, VQA: untuned})
     monkeypatch.setattr(plan, "PROTOCOL", protocol)
     out, work = tmp_path / "out", tmp_path / "work"
     given = ["--out", str(out), "--work", str(work), "--kinds", CAPTION, "--methods", "lora"]
