@@ -289,10 +289,9 @@ def test_the_comparison_rejects_what_the_total_would_hide():
 @pytest.mark.slow
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("hidden", [3, 96, 256])
-@pytest.mark.parametrize("d", [768, 1280])
-@pytest.mark.parametrize("M", [197, 2 * 257])
-def test_whole_images(M, d, hidden, dtype):
-    for kind in RESIDUALS:
-        x, factors = draw(M, d, hidden, dtype, torch.float32)
-        check(x, factors, "gelu", 0.5, kind)
+@pytest.mark.parametrize(
+    "M, d, hidden, kind", [(197, 768, 96, "skip"), (257, 1280, 3, "other"), (197, 768, 256, "none")]
+)
+def test_whole_images(M, d, hidden, kind, dtype):
+    x, factors = draw(M, d, hidden, dtype, torch.float32)
+    check(x, factors, "gelu", 0.5, kind)

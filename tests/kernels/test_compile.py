@@ -39,4 +39,4 @@ def test_no_spills_on_other_chips(operator, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("operator", operators())
 def test_candidates_for_tuning_compile_like_the_tables_choices(operator, capsys):
-    compiled(capsys, operator, "--candidates")
+    compiled(capsys, operator, "--candidates", chips=[USUAL])

@@ -208,7 +208,7 @@ def test_tokens_and_prompts(tokens, length):
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("tokens", SIZES)
 def test_all_tokens_and_prompts(tokens, length, kind):
-    check(Case(tokens, tokens, length, kind, batch=5, heads=8))
+    check(Case(tokens, tokens, length, kind, batch=3, heads=3))
 
 
 @pytest.mark.parametrize("tokens", (1, 3, 17, 65))
@@ -481,17 +481,25 @@ def test_backward_refuses_what_does_not_fit():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("length", (0, 1, 10, 50, 200))
-@pytest.mark.parametrize("tokens", (197, 257, 577))
+@pytest.mark.parametrize(
+    "tokens, length, kind, dtype",
+    [
+        (197, 0, "shared", torch.float16),
+        (197, 50, "shared", torch.float32),
+        (197, 200, "bank", torch.float16),
+        (257, 1, "per_sample", torch.float16),
+        (257, 200, "shared", torch.float32),
+        (577, 10, "bank", torch.float32),
+        (577, 50, "per_sample", torch.float16),
+    ],
+)
 def test_sizes_of_vision_transformers(tokens, length, kind, dtype):
     check(Case(tokens, tokens, length, kind, 80 if tokens == 257 else 64, dtype=dtype, packed=True))
     check(Case(1, tokens, length, kind, 64, dtype=dtype))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(30))
 def test_random(seed):
     def pick(*values):
         return values[int(torch.randint(len(values), ()))]
