@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import fastpeft
+from fastpeft._native import LEVELS
+from fastpeft.ops.choose import Chip, emulated
 from tests.tiny import METHODS, VARIANTS, vit
 
 
@@ -79,7 +81,8 @@ def test_bytes_count_shared_storage_once():
 
 
 def test_as_text():
-    text = str(fastpeft.summary(fastpeft.patch(vit(), METHODS["vpt-deep"])))
+    with emulated(Chip("cpu", list(LEVELS).index("amx"))):
+        text = str(fastpeft.summary(fastpeft.patch(vit(), METHODS["vpt-deep"])))
     found = fastpeft.summary(fastpeft.patch(vit(), METHODS["vpt-deep"]))
     assert f"{found.trainable:,} parameters" in text and f"{found.share:.3%}" in text and f"{found.total:,}" in text
     assert "fused       3 blocks: attention + mlp + vpt" in text

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import pytest
 
+_Named = type(pytest.param())
+
 
 def thinned(cases: Iterable, keep: int, first: int = 0) -> list:
     """All cases for `pytest.mark.parametrize`, of which all but every `keep`-th are slow.
@@ -25,5 +27,7 @@ def paired(many: Sequence, few: Sequence) -> list:
 
 
 def _case(case: object, usual: bool):
-    marks = () if usual else pytest.mark.slow
-    return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks)
+    named = isinstance(case, _Named)
+    values = case.values if named else case if isinstance(case, tuple) else (case,)
+    marks = [*(case.marks if named else ()), *(() if usual else (pytest.mark.slow,))]
+    return pytest.param(*values, marks=marks, id=case.id if named else None)

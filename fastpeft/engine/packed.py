@@ -104,7 +104,7 @@ def attend_to_memory(
 
 def _serve(run: BlockRun, roles: tuple[str, ...], x: Tensor) -> tuple[ModuleType, Layers] | None:
     """The backend and the layers, if all of them are frozen and nobody looks."""
-    if run.hooked or is_reference("block", run.backends["block"]) or torch.compiler.is_compiling():
+    if run.hooked or is_reference("block", run.backends["block"], x.device) or torch.compiler.is_compiling():
         return None
     if not x.shape[:-1].numel() or not _as_they_are(x):
         return None

@@ -168,8 +168,13 @@ def is_reference(operator: str, wish: str, device: torch.device | None = None) -
         wish: "auto" or one of `BACKENDS`.
         device: of the tensors, if that is known.
     """
-    kinds = (kind for name, kind, _ in PROVEN if name == operator)
-    return wish == "reference" or (wish == "auto" and not any(device is None or k == device.type for k in kinds))
+    if wish != "auto":
+        return wish == "reference"
+    if device is None or torch.compiler.is_compiling():
+        # What is compiled must not depend on what a chip is found to be while it is traced.
+        return not any(name == operator and (device is None or kind == device.type) for name, kind, _ in PROVEN)
+    chip = chip_of(device)
+    return not PROVEN.get((operator, chip.kind, chip.capability))
 
 
 def choose(

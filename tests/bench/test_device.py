@@ -60,6 +60,7 @@ def test_ops_times_every_way_to_compute_a_problem(operators, tmp_path, capsys):
     assert "leaves work out" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_tune_keeps_the_choices_of_operators_and_steps(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FASTPEFT_CACHE", str(tmp_path / "cache"))
     arguments = ("--part", "tune", "--operators", "layer_norm", "--methods", "vpt-deep-1", "--model", B16)
@@ -108,6 +109,7 @@ def test_large_models_and_batches_are_rows_of_steps(tmp_path):
     assert [key.split("/")[1] for key in trained] == ["b2", "b2", "b2", "b8"]
 
 
+@pytest.mark.slow
 def test_compiled_code_is_beside_the_library(tmp_path):
     assert run(tmp_path, "--part", "compiled", "--methods", "vpt-deep-200-batch-mask") == 0
     train, inference = held(tmp_path, "compiled").values()
@@ -131,6 +133,7 @@ def test_the_file_names_machine_versions_and_command(tmp_path):
     assert run_of["device"] and run_of["versions"]["torch"] and run_of["date"] and run_of["command"]
 
 
+@pytest.mark.slow
 def test_a_spent_budget_leaves_rows_for_the_next_call(tmp_path, capsys):
     arguments = ("--part", "verify", "--operators", "layer_norm", "--methods", "linear")
     assert run(tmp_path, *arguments, "--budget", "0") == 0
@@ -155,6 +158,7 @@ def test_a_row_that_fails_is_reported_repeated_and_costs_no_other(tmp_path, caps
     assert all(row["passed"] for key, row in held(tmp_path, "verify").items() if key.endswith("/linear"))
 
 
+@pytest.mark.slow
 def test_rows_in_a_process_of_their_own(tmp_path):
     out = str(tmp_path / "device.json")
     arguments = ["--part", "ops", "--operators", "layer_norm", "--device", "cpu", "--tiny", "--turns", "1"]

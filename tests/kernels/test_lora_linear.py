@@ -200,8 +200,7 @@ def test_what_is_not_asked_for_is_not_launched(variant):
     assert set(launches(variant)) == {of_x, "lora_linear_factors"}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("variant, dtype", paired(VARIANTS, [torch.float32, torch.float16]))
 def test_the_same_every_time(variant, dtype, poisoned_memory):
     x, weight, bias, terms, dy = problem("q, k and v, ranks differ", dtype)
     runs = []

@@ -17,7 +17,7 @@ from fastpeft.kernels import prompt_attention as op
 from fastpeft.kernels._launch import recording
 from fastpeft.ops import dropout_mask as words
 from tests.kernels.close import assert_close
-from tests.thinned import thinned
+from tests.thinned import paired, thinned
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -198,7 +198,7 @@ SIZES, LENGTHS = (1, 3, 17, 50, 65), (0, 1, 5, 17, 33)
 QUERIES = ((1, 50), (3, 17), (17, 3), (65, 1), (1, 65), (50, 65), (130, 17))
 
 
-@pytest.mark.parametrize("tokens, length", thinned(itertools.product(SIZES, LENGTHS), 3))
+@pytest.mark.parametrize("tokens, length", thinned(itertools.product(SIZES, LENGTHS), 5))
 def test_tokens_and_prompts(tokens, length):
     check(Case(tokens, tokens, length, KINDS[(SIZES.index(tokens) + LENGTHS.index(length)) % 3]))
 
@@ -216,7 +216,7 @@ def test_no_prompts(tokens):
     check(Case(tokens, tokens, None))
 
 
-@pytest.mark.parametrize("rows, tokens", QUERIES)
+@pytest.mark.parametrize("rows, tokens", thinned(QUERIES, 2))
 def test_other_number_of_queries(rows, tokens):
     check(Case(rows, tokens, 5, KINDS[QUERIES.index((rows, tokens)) % 3]))
 
@@ -225,14 +225,12 @@ def test_prompts_alone():
     check(Case(17, 0, 5))
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
-@pytest.mark.parametrize("width", (8, 32, 40, 59, 64, 72, 80, 96, 128))
+@pytest.mark.parametrize("width, dtype", paired((8, 32, 40, 59, 64, 72, 80, 96, 128), (torch.float32, torch.float16)))
 def test_head_dimensions(width, dtype):
     check(Case(33, 50, 17, "per_sample" if width % 16 else "shared", width, dtype=dtype, heads=1))
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, dtype", paired(KINDS, (torch.float32, torch.float16)))
 def test_half_precision_over_many_blocks(kind, dtype):
     check(Case(65, 130, 33, kind, 40, dtype=dtype, heads=1))
 
@@ -283,8 +281,7 @@ def test_causal_with_bias_and_dropout():
     check(Case(70, 50, None, causal=True, dropout=0.3, heads=1))
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, dtype", paired(KINDS, (torch.float32, torch.float16)))
 def test_dropout(kind, dtype):
     check(Case(65, 50, 17, kind, dropout=0.3, dtype=dtype))
 
@@ -400,7 +397,7 @@ def test_bank_of_absent_tasks():
     assert gradient[[2, 6]].abs().amin(dim=0).max() > 0.0
 
 
-@pytest.mark.parametrize("m, n", ((16, 64), (64, 16), (32, 32), (128, 32), (16, 16)))
+@pytest.mark.parametrize("m, n", thinned(((16, 64), (64, 16), (32, 32), (128, 32), (16, 16)), 2))
 def test_block_sizes(m, n, monkeypatch):
     monkeypatch.setattr(op, "choose", lambda *_: choice.Blocks(m, n, 4, 2))
     check(Case(65, 50, 17, "shared", causal=True, dropout=0.3, heads=1))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 import fastpeft
 from fastpeft._compat import import_timm
+from tests.thinned import thinned
 from tests.tiny import randomise
 from tests.twins import literal_of, step
 
@@ -30,8 +33,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name, method", thinned(itertools.product(NAMES, METHODS), 3))
 def test_logits_and_gradients(name, method):
     options = {"img_size": NAMES[name], "depth": 2, "num_classes": 5}
     base = timm.create_model(name, **options).double()
