@@ -75,7 +75,7 @@ def interleave(
     budget: float = float("inf"),
     on_turn: Callable[[int], None] | None = None,
 ) -> dict[str, Timing]:
-    """Time variants in turns, A B C, B C A, C A B, ..., so that none always follows the same one.
+    """Time variants in turns, A B D C, B C A D, C D B A, D A C B, ..., so that none always follows the same one.
 
     Args:
         variants: What to time, by name; each call is one step.
@@ -92,13 +92,13 @@ def interleave(
     _synchronise(device)
 
     names = list(variants)
+    orders = _orders(len(names))
     seconds: dict[str, list[float]] = {name: [] for name in names}
     started = time.perf_counter()
     for turn in range(turns):
         if turn >= 3 and time.perf_counter() - started > budget:
             break
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in (names[number] for number in orders[turn % len(orders)]):
             _synchronise(device)
             begin = time.perf_counter()
             variants[name]()
@@ -107,6 +107,13 @@ def interleave(
         if on_turn is not None:
             on_turn(turn + 1)
     return {name: Timing.of(values) for name, values in seconds.items()}
+
+
+def _orders(count: int) -> list[list[int]]:
+    """Orders of numbers in which each follows each other one equally often (E. J. Williams, 1949)."""
+    zigzag = [(place + 1) // 2 if place % 2 else -place // 2 for place in range(count)]
+    orders = [[(number + shift) % count for number in zigzag] for shift in range(count)]
+    return orders if count % 2 == 0 else [order for each in orders for order in (each, each[::-1])]
 
 
 def _synchronise(device: torch.device) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -14,11 +16,15 @@ from bench.cases import METHODS, build, create_model, token_rows
 from bench.record import Record
 
 
-def test_variants_take_turns_in_changing_order():
+@pytest.mark.parametrize("names, rounds", [("a", 1), ("ab", 2), ("abc", 6), ("abcd", 4), ("abcde", 10), ("abcdef", 6)])
+def test_each_variant_follows_each_other_one_equally_often(names, rounds):
     calls = []
-    found = timing.interleave({name: (lambda n=name: calls.append(n)) for name in "abc"}, turns=3, warmup=0)
-    assert "".join(calls) == "abcbcacab"
-    assert {name: figures.turns for name, figures in found.items()} == {"a": 3, "b": 3, "c": 3}
+    found = timing.interleave({name: (lambda n=name: calls.append(n)) for name in names}, turns=rounds, warmup=0)
+    assert {name: figures.turns for name, figures in found.items()} == dict.fromkeys(names, rounds)
+    turns = [calls[begin : begin + len(names)] for begin in range(0, len(calls), len(names))]
+    assert all(sorted(turn) == list(names) for turn in turns)
+    pairs = Counter(pair for turn in turns for pair in itertools.pairwise(turn))
+    assert len(pairs) == len(names) * (len(names) - 1) and len(set(pairs.values())) <= 1
 
 
 def test_a_spent_budget_still_gives_three_turns():

@@ -168,6 +168,8 @@ class MPlug(nn.Module):
         """The decoder's states (B, M, D) of text (B, M); arguments as of `decode`."""
         first = 0 if cache is None else cache.length
         self._check_text(ids, mask, first)
+        if first == 0:
+            self._check_vocabulary(ids)
         memory_mask = None if memory is None else memory.mask
         text = Stream(self.text_decoder.bert.embeddings(ids, first), mask)
         if first == 0:
@@ -264,7 +266,11 @@ class MPlug(nn.Module):
 
         Text is filled up behind its end, so that causality keeps what is real from seeing what is not, and only the
         states that predict a real token meet the vocabulary.
+
+        Raises:
+            FastPEFTError: a token that is not in the vocabulary, or a longer text than the model has positions.
         """
+        self._check_vocabulary(ids)
         real = (ids != self.config.pad_id if mask is None else mask)[:, 1:]
         states = self.hidden(ids[:, :-1], None, memory)
         losses = self._losses(states[real], ids[:, 1:][real])

@@ -202,6 +202,13 @@ def test_inputs_that_do_not_fit():
         message = f"the text has token {token}, but the model's vocabulary has {TINY.vocab_size}"
         with pytest.raises(FastPEFTError, match=message):
             model.encode_text(torch.full((3, 2), token))
+        with pytest.raises(FastPEFTError, match=message):
+            model.decode(torch.full((3, 1), token), None, image)
+        # The last token is only a target.
+        text = given.text.clone()
+        text[0, -1] = token
+        with pytest.raises(FastPEFTError, match=message):
+            model.caption_loss(text, image)
     with pytest.raises(FastPEFTError, match="the decoder needs a memory, or a cache that has seen one"):
         model.decode(given.text, None, None)
     with pytest.raises(FastPEFTError, match="the decoder needs a memory, or a cache that has seen one"):
