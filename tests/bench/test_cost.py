@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import check
-from bench.cost import accuracy, compare, methods, operators, selection
+from bench.cost import accuracy, compare, methods, operators, selection, settings
 from bench.cost.accuracy import Accuracies
 from bench.cost.measure import COMPILED, EAGER, FLOOR, Clock, Measurements, against, measure, steps_of
 from bench.cost.methods import INFERENCE, LITERAL, OURS, PEFT, TRAIN
@@ -56,12 +56,16 @@ def test_rows_are_the_papers_in_its_order_and_all_operators():
         choose(["vpt-depe-1"])
 
 
-def test_settings_that_cannot_be_are_one_line():
+def test_settings_that_cannot_be_are_one_line_and_usual_ones_are_a_devices(monkeypatch):
     for wrong in ({"dtype": "bf15"}, {"batch": 0}, {"turns": 0}):
         with pytest.raises(TableError):
             Settings(**wrong)
     assert Settings.usual("cuda").batch == 64 and Settings.usual("cuda").dtype == "bf16"
     assert Settings.usual("cpu", batch=3, dtype=None).batch == 3
+    for level, expected in (("amx", (4, "bf16")), ("avx512", (1, "fp32")), ("avx2", (1, "fp32"))):
+        monkeypatch.setattr(settings._native, "cpu_level", lambda level=level: level)
+        found = Settings.usual("cpu")
+        assert (found.batch, found.dtype) == expected
 
 
 @pytest.mark.parametrize("name", ["vpt-deep-1", "lora-qkv-8", "lora_linear"])
