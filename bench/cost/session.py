@@ -32,7 +32,7 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption("--bench-model", metavar="NAME", help="timm vision transformer; default vit_base_patch16_224")
     group.addoption("--bench-image-size", type=int, metavar="PIXELS", help="default the model's own")
     group.addoption(
-        "--bench-batch", type=int, metavar="N", help="images of a step; default 64 on CUDA, 4 on CPUs with AMX, else 1"
+        "--bench-batch", type=int, metavar="N", help="images of a step; default 64 on CUDA, 4 on CPUs with AMX, else 2"
     )
     group.addoption("--bench-dtype", metavar="NAME", help="bf16, fp16 or fp32; default bf16 on CUDA and with AMX")
     group.addoption("--bench-device", metavar="NAME", help="cpu or cuda; default cuda where there is one")

@@ -62,7 +62,7 @@ def test_settings_that_cannot_be_are_one_line_and_usual_ones_are_a_devices(monke
             Settings(**wrong)
     assert Settings.usual("cuda").batch == 64 and Settings.usual("cuda").dtype == "bf16"
     assert Settings.usual("cpu", batch=3, dtype=None).batch == 3
-    for level, expected in (("amx", (4, "bf16")), ("avx512", (1, "fp32")), ("avx2", (1, "fp32"))):
+    for level, expected in (("amx", (4, "bf16")), ("avx512", (2, "fp32")), ("avx2", (2, "fp32"))):
         monkeypatch.setattr(settings._native, "cpu_level", lambda level=level: level)
         found = Settings.usual("cpu")
         assert (found.batch, found.dtype) == expected
