@@ -25,7 +25,7 @@ def compiled(capsys, operator, *options, chips=CHIPS):
     assert all(f"sm_{chip}" in done.stdout for chip in chips)
 
 
-@pytest.mark.parametrize("operator", thinned(operators(), 3, first=1))
+@pytest.mark.parametrize("operator", thinned(operators(), 5, first=4))
 def test_no_spills_and_within_the_chips_limits(operator, capsys):
     compiled(capsys, operator, chips=[USUAL])
 

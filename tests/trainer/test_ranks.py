@@ -64,7 +64,8 @@ def test_two_ranks_train_what_one_does(command, train, write_config, tmp_path, z
         torch.testing.assert_close(tensor, plain[name], rtol=rtol, atol=rtol / 10)
 
 
-@pytest.mark.parametrize("zero", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 3])
 def test_two_ranks_resume_to_the_same_bytes(command, write_config, environment, tmp_path, zero):
     options = {"zero": zero, "epochs": 6, "checkpoint_every": "2 steps", "precision": "bf16"}
     whole = write_config(train=options, out=str(tmp_path / "whole"))
