@@ -17,7 +17,7 @@ from bench.cost.measure import steps_of
 from bench.cost.methods import INFERENCE, TRAIN
 from bench.cost.selection import Row
 from bench.cost.settings import Settings
-from bench.memory import ResidentPeak
+from bench.memory import ResidentPeak, own_pages
 from fastpeft.native.memory import pool
 
 _STEPS = 2
@@ -46,6 +46,7 @@ def peaks(row: Row, settings: Settings, who: str) -> dict[str, Any]:
 def measured(row: Row, settings: Settings, who: str) -> dict[str, int]:
     """Bytes by phase, of this process."""
     torch.set_num_threads(settings.threads)
+    own_pages()
     steps = steps_of(row, settings)
     found = {}
     # The smaller first: what it leaves behind does not hide a part of the other's need.

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import platform
+import subprocess
 import sys
+import textwrap
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import memory, timing
 from bench.cases import METHODS, build, create_model, token_rows
 from bench.record import Record
+
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("names, rounds", [("a", 1), ("ab", 2), ("abc", 6), ("abcd", 4), ("abcde", 10), ("abcdef", 6)])
@@ -75,6 +81,27 @@ def test_resident_peak_sees_what_is_freed_again():
         torch.ones(64 * 2**20, dtype=torch.uint8)
     # Less what else the process gave back meanwhile, more what the allocator adds.
     assert 60 * 2**20 < peak.bytes < 100 * 2**20
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="a setting of glibc's heap")
+def test_blocks_between_others_are_given_back_where_each_has_pages_of_its_own(own):
+    program = f"""
+        import torch
+        from bench.memory import own_pages
+        from fastpeft.trainer.memory import resident
+        assert not {own} or own_pages()
+        block = lambda mebibytes: torch.ones(mebibytes * 2**20, dtype=torch.uint8)
+        block(16)  # freed, it makes glibc serve the ones to come from its heap, unless told otherwise
+        blocks = [block(1) for _ in range(64)]
+        held = resident()
+        del blocks[::2]
+        print(held - resident())
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=_ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    given_back = int(done.stdout)
+    assert given_back > 30 * 2**20 if own else given_back < 8 * 2**20
 
 
 def test_a_failing_subprocess_gives_its_last_words():
