@@ -126,6 +126,8 @@ def reference(
             attn_mask = F.pad(attn_mask, (0, length), value=True if attn_mask.dtype == torch.bool else 0.0)
         k = torch.cat((k, prompt_k.expand(k.shape[0], -1, -1, -1)), dim=2)
         v = torch.cat((v, prompt_v.expand(v.shape[0], -1, -1, -1)), dim=2)
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            q = _alone(q)
     if dropout and words is not None:
         return _dropped(q, k, v, attn_mask, causal, scale, dropout, words)
     if attn_mask is None and not causal and not dropout and recomputes(q, k, v):
@@ -133,6 +135,14 @@ def reference(
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=attn_mask, is_causal=causal, scale=scale, dropout_p=dropout
     )
+
+
+def _alone(q: Tensor) -> Tensor:
+    """Queries that do not hold the keys and values that they were computed with, once those are copied elsewhere."""
+    # Kept for the backward pass, a part keeps the whole; the compiler sees to that itself.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return q
+    return q.clone() if q.untyped_storage().nbytes() > q.nbytes else q
 
 
 def by_reference(q, k, v, prompt_k, prompt_v, options: Options) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastpeft.ops.prompt_attention import prompt_attention
+from fastpeft.trainer.saved import SavedBytes
 
 TOKENS, PROMPTS, HEAD_DIMS = (1, 197, 257), (0, 1, 200), (32, 64, 80, 128)
 
@@ -115,6 +116,23 @@ def test_views_of_a_fused_projection():
     assert not q.is_contiguous()
     prompts = torch.randn(3, 2, 8, 2, dtype=torch.float64).permute(3, 1, 0, 2).detach()
     same_with_gradients([q[:, :, :4], k, v, prompts[0].requires_grad_(), prompts[1].requires_grad_()])
+
+
+def test_queries_beside_prompts_do_not_keep_the_projection_they_are_a_part_of():
+    projected = torch.randn(2, 17, 3, 4, 16, requires_grad=True) * 1
+    q, k, v = projected.permute(2, 0, 3, 1, 4)
+    prompts = [torch.randn(2, 4, 5, 16) for _ in range(2)]
+    with SavedBytes([]) as saved:
+        kept = prompt_attention(q, k, v, *prompts, backend="reference")
+    of_a_row = q.nbytes // 17
+    # Queries, what comes out, keys and values of 5 prompts more, and of each query the logarithm of its sum.
+    assert saved.total == of_a_row * (17 + 17 + 2 * (17 + 5)) + kept.nbytes // 16
+
+
+def test_no_copy_of_queries_where_nothing_is_kept(monkeypatch):
+    monkeypatch.setattr("fastpeft.ops.prompt_attention._alone", None)
+    q, k, v = torch.randn(2, 17, 3, 4, 16).permute(2, 0, 3, 1, 4)
+    prompt_attention(q, k, v, k[:, :, :5], v[:, :, :5], backend="reference")
 
 
 def test_gradcheck():
