@@ -16,7 +16,7 @@ from fastpeft.kernels import _prompt_attention_choice as choice
 from fastpeft.kernels import prompt_attention as op
 from fastpeft.kernels._launch import recording
 from fastpeft.ops import dropout_mask as words
-from tests.kernels.close import assert_close
+from tests.kernels.close import assert_close, error
 from tests.thinned import paired, thinned
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -122,6 +122,22 @@ class Case:
         gradients = iter(torch.autograd.grad(out, present, self.dout.to(dtype)))
         return out.detach(), lse.detach(), [None if t is None else next(gradients) for t in leaves]
 
+    def by_row_sums(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Gradients to queries and keys with P (dP - sum of dout * out) for those to logits, as a kernel has them.
+
+        A row that sees one key has none, and autograd's softmax has exactly none; this is a rounding of two sums there.
+        """
+        leaves = {name: t if t is None else t.detach().to(dtype) for name, t in self.inputs.items()}
+        wanted = {f"d{name}": t.requires_grad_() for name, t in leaves.items() if t is not None and name[-1] != "v"}
+        asked = {name: self.options[name] for name in ("bias", "causal", "scale", "prompt_index")}
+        s, v = logits(*leaves.values(), **asked)
+        dout = self.dout.to(dtype)
+        with torch.no_grad():
+            p, kept = weights(s, *(self.options[name] for name in ("dropout", "row_words", "column_words")))
+            out = (p * kept) @ v
+            ds = p * (kept * (dout @ v.transpose(-1, -2)) - (dout * out).sum(-1, keepdim=True))
+        return dict(zip(wanted, torch.autograd.grad(s, list(wanted.values()), ds), strict=True))
+
 
 def keep_mask(row_words: Tensor, column_words: Tensor, p: float) -> Tensor:
     """fastpeft/ops/dropout_mask.py's decision, written once more."""
@@ -134,6 +150,13 @@ def keep_mask(row_words: Tensor, column_words: Tensor, p: float) -> Tensor:
 
 
 def plain_attention(q, k, v, pk, pv, bias, causal, scale, dropout, row_words, column_words, prompt_index):
+    s, v = logits(q, k, v, pk, pv, bias, causal, scale, prompt_index)
+    p, kept = weights(s, dropout, row_words, column_words)
+    return (p * kept) @ v, torch.logsumexp(s.detach().double(), -1)
+
+
+def logits(q, k, v, pk, pv, bias, causal, scale, prompt_index):
+    """Of tokens and prompts, with the values of both."""
     batch, rows, tokens = q.shape[0], q.shape[2], k.shape[2]
     if pk is not None:
         pk, pv = (t if prompt_index is None else t[prompt_index] for t in (pk, pv))
@@ -145,14 +168,17 @@ def plain_attention(q, k, v, pk, pv, bias, causal, scale, dropout, row_words, co
     if bias is not None:
         bias = bias.to(s.dtype).expand(*s.shape[:3], tokens)
         s = s + torch.nn.functional.pad(bias, (0, k.shape[2] - tokens))
-    s = s.masked_fill(hidden, float("-inf"))
+    return s.masked_fill(hidden, float("-inf")), v
+
+
+def weights(s, dropout, row_words, column_words):
+    """The softmax, and what dropout multiplies it with."""
     top = s.detach().amax(-1, keepdim=True)
     e = torch.exp(s - top.masked_fill(top == float("-inf"), 0.0))
     total = e.sum(-1, keepdim=True)
     p = e / total.masked_fill(total == 0.0, 1.0)
-    if dropout:
-        p = p * keep_mask(row_words, column_words, dropout).to(p.dtype) / (1.0 - dropout)
-    return p @ v, torch.logsumexp(s.detach().double(), -1)
+    kept = keep_mask(row_words, column_words, dropout).to(p.dtype) / (1.0 - dropout) if dropout else torch.ones_like(p)
+    return p, kept
 
 
 def check(case: Case, **more) -> None:
@@ -190,8 +216,11 @@ def check(case: Case, **more) -> None:
     # the size of log2 of the keys, is a relative error of every weight, half of it on average in three roundings.
     spread = math.log2(case.tokens + (case.length or 0) + 1) / 2
     roundings = max(1.0, spread) if case.dtype == torch.float32 else 1.0
-    for name, triple in results.items():
-        assert_close(name, *triple, roundings)
+    # Where there are few keys, some rows see a single one.
+    sums = case.by_row_sums(case.dtype) if case.tokens + (case.length or 0) < 8 else {}
+    for name, (value, plain, exact) in results.items():
+        likewise = sums.get(name, plain)
+        assert_close(name, value, max(plain, likewise, key=lambda t: error(t, exact)), exact, roundings)
 
 
 SIZES, LENGTHS = (1, 3, 17, 50, 65), (0, 1, 5, 17, 33)
