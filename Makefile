@@ -16,14 +16,17 @@ TORCH_STAMP := $(STAMPS)/torch-$(shell echo "$(TORCH)" | cksum | cut -d ' ' -f 1
 # Without an NVIDIA driver, DeepSpeed's search for a GPU ends in a warning each time it is started.
 ACCELERATOR := $(if $(shell command -v nvidia-smi),,DS_ACCELERATOR=cpu)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+MARKED_test-slow := "slow and not exhaustive"
+MARKED_test-exhaustive := exhaustive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow bench-check lint clean
+.PHONY: help setup train test test-slow test-exhaustive bench-check lint clean
 
 help:
 	@echo "make train      set up .venv, fine-tune on $(CONFIG), compare with the literal implementation"
 	@echo "make test       set up .venv, run the test suite (minutes)"
 	@echo "make test-slow  the tests that take longer; also compiles the CUDA kernels, with an nvcc of its own"
+	@echo "make test-exhaustive  every other case of theirs (an hour or two)"
 	@echo "make bench-check  has a step become slower than the committed results of this machine? (minutes)"
 	@echo "make setup      .venv alone, with everything the other commands need"
 	@echo "make lint       formatter and linter, reporting only"
@@ -38,8 +41,8 @@ train: setup
 test: setup
 	$(PYTEST)
 
-test-slow: setup $(STAMPS)/nvcc
-	FASTPEFT_TEST_NVCC=$(abspath .venv/nvcc/nvidia/cu13) $(PYTEST) -m slow
+test-slow test-exhaustive: setup $(STAMPS)/nvcc
+	FASTPEFT_TEST_NVCC=$(abspath .venv/nvcc/nvidia/cu13) $(PYTEST) -m $(MARKED_$@)
 
 bench-check: setup
 	$(BIN)/python -m bench.check

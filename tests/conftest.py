@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.thinned import mark_exhaustive
+
 if not torch.cuda.is_available():
     # Before anything imports Triton's kernels, which are interpreted on a machine without a GPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -21,6 +23,12 @@ if not torch.cuda.is_available():
 from fastpeft._compat import import_timm
 
 import_timm()
+
+
+@pytest.hookimpl(tryfirst=True)  # before what `-m` does not ask for is left out
+def pytest_collection_modifyitems(items):
+    """Of very many slow cases of a test some are enough for the slow tests."""
+    mark_exhaustive(items)
 
 
 def pytest_collection_finish():

@@ -1,7 +1,9 @@
-"""Which of many like cases every run of the tests has; the others run with the slow tests."""
+"""Which of many like cases every run of the tests has, which run with the slow tests, which when there is time."""
 
 from __future__ import annotations
 
+import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import pytest
@@ -24,6 +26,21 @@ def paired(many: Sequence, few: Sequence) -> list:
         for number, one in enumerate(many)
         for place, other in enumerate(few)
     ]
+
+
+def mark_exhaustive(items: Iterable[pytest.Item], many: int = 12, keep: int = 3) -> None:
+    """Leave one in three slow cases of a test that has many of them; the others are marked exhaustive.
+
+    A sum over a case's name chooses it: the same ones every time, and no period of a product of lists is hit.
+    """
+    cases = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("slow"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for alike in cases.values():
+        ordered = sorted(alike, key=lambda item: zlib.crc32(item.nodeid.encode()))
+        for item in ordered[-(-len(alike) // keep) :] if len(alike) > many else ():
+            item.add_marker(pytest.mark.exhaustive)
 
 
 def _case(case: object, usual: bool):

@@ -132,8 +132,9 @@ def test_two_ranks_train_what_one_does(command, train, write, tmp_path, kind, me
     # Without that, wrong gradients would show in nothing.
     assert one["history"][-1]["train_loss"] < 0.99 * one["history"][0]["train_loss"]
     if method in ("lora", "image"):
+        # Far above what is let pass below.
         assert all(
-            tensor.abs().max() > 1e-3 for name, tensor in adapter(tmp_path / "two").items() if name.endswith("B")
+            tensor.abs().max() > 1e-4 for name, tensor in adapter(tmp_path / "two").items() if name.endswith("B")
         )
     close(tmp_path / "two", tmp_path / "alone", rtol=1e-3, atol=1e-5)
     # Every sample once, whoever generated its text.
