@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import pytest
 
+EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)
 _Named = type(pytest.param())
 
 

@@ -32,11 +32,15 @@ except RuntimeError as error:
     [
         ("block_sync();  // the tile", "// the tile", "no barrier in between"),
         ("copy_wait<0>();", "copy_wait<1>();", "a copy is on its way"),
-        ("warp_sync();  // the warp's", "// the warp's", "no barrier in between"),
+        pytest.param(
+            "warp_sync();  // the warp's", "// the warp's", "no barrier in between", marks=pytest.mark.exhaustive
+        ),
         ("HeadRows(p.q, batch, head, first, p.queries)", "HeadRows(p.q, batch, head, first, 4096)", "outside of every"),
-        ("if (!active) return;", "if (lane_index() > 3) return;", "never come"),
+        pytest.param(
+            "if (!active) return;", "if (lane_index() > 3) return;", "never come", marks=pytest.mark.exhaustive
+        ),
         ("if (i + 1 < tiles.count) start_tile", "start_tile", "ends before its copies have arrived|outside of every"),
-        ("lane_index() % 4 == 0 && row", "row", "written twice"),
+        pytest.param("lane_index() % 4 == 0 && row", "row", "written twice", marks=pytest.mark.exhaustive),
     ],
 )
 def test_faults_are_found(tmp_path, right, wrong, said):

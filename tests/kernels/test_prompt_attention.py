@@ -515,8 +515,8 @@ def test_backward_refuses_what_does_not_fit():
         (197, 200, "bank", torch.float16),
         (257, 1, "per_sample", torch.float16),
         (257, 200, "shared", torch.float32),
-        (577, 10, "bank", torch.float32),
-        (577, 50, "per_sample", torch.float16),
+        pytest.param(577, 10, "bank", torch.float32, marks=pytest.mark.exhaustive),
+        pytest.param(577, 50, "per_sample", torch.float16, marks=pytest.mark.exhaustive),
     ],
 )
 def test_sizes_of_vision_transformers(tokens, length, kind, dtype):
