@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.thinned import mark_exhaustive, paired, thinned
+from tests.thinned import mark_exhaustive, paired, sampled, thinned
 
 
 class Item:
@@ -27,6 +27,11 @@ def usual(cases: list) -> list[bool]:
 def test_every_so_many_cases_are_usual():
     assert usual(thinned(range(7), 3)) == [True, False, False, True, False, False, True]
     assert usual(thinned(range(4), 2, first=1)) == [False, True, False, True]
+
+
+def test_of_a_slow_tests_cases_the_others_are_exhaustive():
+    marks = [{mark.name for mark in case.marks} for case in sampled([1, 2, 3], 2)]
+    assert marks == [set(), {"slow", "exhaustive"}, set()]
 
 
 def test_pairs_take_turns_and_every_one_of_many_is_there():

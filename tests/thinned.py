@@ -29,6 +29,11 @@ def paired(many: Sequence, few: Sequence) -> list:
     ]
 
 
+def sampled(cases: Iterable, keep: int, first: int = 0) -> list:
+    """All cases of a slow test, of which all but every `keep`-th are exhaustive."""
+    return [_case(case, number % keep == first, EXHAUSTIVE) for number, case in enumerate(cases)]
+
+
 def mark_exhaustive(items: Iterable[pytest.Item], many: int = 12, keep: int = 3) -> None:
     """Leave one in three slow cases of a test that has many of them; the others are marked exhaustive.
 
@@ -44,8 +49,8 @@ def mark_exhaustive(items: Iterable[pytest.Item], many: int = 12, keep: int = 3)
             item.add_marker(pytest.mark.exhaustive)
 
 
-def _case(case: object, usual: bool):
+def _case(case: object, usual: bool, others: Sequence[pytest.MarkDecorator] = (pytest.mark.slow,)):
     named = isinstance(case, _Named)
     values = case.values if named else case if isinstance(case, tuple) else (case,)
-    marks = [*(case.marks if named else ()), *(() if usual else (pytest.mark.slow,))]
+    marks = [*(case.marks if named else ()), *(() if usual else others)]
     return pytest.param(*values, marks=marks, id=case.id if named else None)

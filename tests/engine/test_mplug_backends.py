@@ -16,6 +16,7 @@ from fastpeft.models.mplug import Generation, Stream
 from tests.kernels.close import error
 from tests.methods.mplug_models import METHODS
 from tests.models.mplug.tiny import batch, make
+from tests.thinned import sampled
 from tests.tiny import randomise
 
 pytest.importorskip("triton")
@@ -75,7 +76,7 @@ def image_of(twin) -> Stream:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", REACHES)
+@pytest.mark.parametrize("name", sampled(REACHES, 2))
 def test_a_step_on_the_kernels_is_the_references(name, calls):
     model, twin = (each.train() for each in pair(name))
     image = image_of(twin)
@@ -90,7 +91,7 @@ def test_a_step_on_the_kernels_is_the_references(name, calls):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", REACHES)
+@pytest.mark.parametrize("name", sampled(REACHES, 2, first=1))
 def test_a_search_on_the_kernels_is_the_references(name, calls):
     model, twin = (each.eval() for each in pair(name))
     given, image = batch(), image_of(twin)

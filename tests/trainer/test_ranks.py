@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.thinned import EXHAUSTIVE
 from tests.trainer.conftest import ROOT
 
 # Beside the interpreter: an environment that is not activated is not on the path.
@@ -48,9 +49,9 @@ def adapter(out: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "zero, precision, rtol",
     [
-        pytest.param(0, "fp32", 1e-3, marks=pytest.mark.slow),
+        pytest.param(0, "fp32", 1e-3, marks=EXHAUSTIVE),
         pytest.param(1, "fp32", 1e-3, marks=pytest.mark.slow),
-        pytest.param(1, "fp16", 2e-2, marks=pytest.mark.slow),
+        pytest.param(1, "fp16", 2e-2, marks=EXHAUSTIVE),
         pytest.param(2, "fp32", 1e-3, marks=pytest.mark.slow),
         (3, "fp32", 1e-3),
     ],
