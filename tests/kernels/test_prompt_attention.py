@@ -514,7 +514,7 @@ def test_backward_refuses_what_does_not_fit():
         (197, 50, "shared", torch.float32),
         (197, 200, "bank", torch.float16),
         (257, 1, "per_sample", torch.float16),
-        (257, 200, "shared", torch.float32),
+        pytest.param(257, 200, "shared", torch.float32, marks=pytest.mark.exhaustive),
         pytest.param(577, 10, "bank", torch.float32, marks=pytest.mark.exhaustive),
         pytest.param(577, 50, "per_sample", torch.float16, marks=pytest.mark.exhaustive),
     ],

@@ -128,7 +128,8 @@ def run(library: Path, level: str, script: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("level", HERE)
+# Without vector units everything takes several times as long.
+@pytest.mark.parametrize("level", [pytest.param(HERE[0], marks=pytest.mark.exhaustive), *HERE[1:]])
 def test_every_function_keeps_to_its_memory(instrumented, level):
     if level == "amx" and not _native.request_amx():
         pytest.skip("the operating system does not grant the matrix unit")

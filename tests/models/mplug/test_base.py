@@ -127,6 +127,8 @@ def test_a_step_is_the_literal_ones(plain, exact):
     assert max(wrong.values()) < 1e-4, max(wrong, key=wrong.get)
 
 
+# On a CPU that has no products in bf16, minutes.
+@pytest.mark.exhaustive
 def test_a_step_in_bf16_is_as_exact_as_the_literal_one(plain, exact):
     (expected, slopes), errors = exact, []
     ours = ours_of(plain, BF16)
