@@ -382,6 +382,7 @@ def test_depths_at_the_length_that_is_best_for_all_blocks(tmp_path, vtab, monkey
     assert sum(map(len, asked)) == same.size
 
 
+@pytest.mark.slow
 def test_prompts_from_class_means_are_trained(vtab, tmp_path, capsys):
     from safetensors.torch import load_file
 

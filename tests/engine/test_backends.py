@@ -42,7 +42,7 @@ def assert_same(logits, gradients, expected, others, bound=1e-4):
     assert max(wrong.values()) <= bound, {name: value for name, value in wrong.items() if value > bound}
 
 
-@pytest.mark.parametrize("method, variant", thinned(paired([*REACHES], ["class_token", "layer_scale", "registers"]), 2))
+@pytest.mark.parametrize("method, variant", thinned(paired([*REACHES], ["class_token", "layer_scale", "registers"]), 4))
 def test_a_step_on_the_kernels_is_the_references(method, variant, calls):
     model = patched(METHODS[method], variant)
     twin = copy.deepcopy(model)

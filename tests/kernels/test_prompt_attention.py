@@ -227,7 +227,7 @@ SIZES, LENGTHS = (1, 3, 17, 50, 65), (0, 1, 5, 17, 33)
 QUERIES = ((1, 50), (3, 17), (17, 3), (65, 1), (1, 65), (50, 65), (130, 17))
 
 
-@pytest.mark.parametrize("tokens, length", thinned(itertools.product(SIZES, LENGTHS), 5))
+@pytest.mark.parametrize("tokens, length", thinned(itertools.product(SIZES, LENGTHS), 7))
 def test_tokens_and_prompts(tokens, length):
     check(Case(tokens, tokens, length, KINDS[(SIZES.index(tokens) + LENGTHS.index(length)) % 3]))
 
@@ -378,7 +378,7 @@ def test_prompts_of_another_dtype(kind):
 @pytest.mark.parametrize(
     "needs",
     # Groups of one: each is a tuple.
-    thinned(((needs,) for needs in itertools.product((False, True), repeat=5)), 3),
+    thinned(((needs,) for needs in itertools.product((False, True), repeat=5)), 5),
     ids=lambda n: "".join(map(str, map(int, n))),
 )
 def test_needs(needs):

@@ -19,7 +19,7 @@ TYPES = {
 }
 
 
-@pytest.mark.parametrize("variant, method", thinned(EVERYWHERE, 3))
+@pytest.mark.parametrize("variant, method", thinned(EVERYWHERE, 5))
 def test_logits_and_gradients_in_float64(variant, method):
     assert_same_step(METHODS[method], variant, training=True)
     if variant == "class_token" or method in FEW:
@@ -103,6 +103,6 @@ def test_the_comparison_finds_a_wrong_factor(monkeypatch):
 
 
 def test_every_run_has_each_method_and_each_variant():
-    usual = [case.values for case in thinned(EVERYWHERE, 3) if not case.marks]
+    usual = [case.values for case in thinned(EVERYWHERE, 5) if not case.marks]
     assert {variant for variant, _ in usual} == set(VARIANTS)
     assert {method for _, method in usual} == set(METHODS)

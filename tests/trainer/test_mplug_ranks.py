@@ -13,7 +13,7 @@ from tests.thinned import EXHAUSTIVE
 from tests.trainer import vl
 from tests.trainer.conftest import ROOT
 from tests.trainer.test_mplug import adapter, close, results, squares, write  # noqa: F401
-from tests.trainer.test_ranks import LAUNCHER, free_port, launcher, torchs
+from tests.trainer.test_ranks import LAUNCHER, free_port, torchs
 
 pytestmark = pytest.mark.skipif(LAUNCHER is None, reason="DeepSpeed's launcher is not installed")
 
@@ -129,7 +129,7 @@ def test_two_ranks_train_what_one_does(command, train, write, tmp_path, kind, me
     code, _, err = train(write(kind, out="alone", **options))
     assert code == 0, err
     options["train"] = options["train"] | {"zero": zero}
-    done = command(write(kind, out="two", **options), launcher=(launcher if method == "lora" else torchs)(2))
+    done = command(write(kind, out="two", **options), launcher=torchs(2))
     assert done.returncode == 0, done.stderr
     one, two = results(tmp_path / "alone"), results(tmp_path / "two")
     assert two["ranks"] == 2
