@@ -26,7 +26,7 @@ help:
 	@echo "make train      set up .venv, fine-tune on $(CONFIG), compare with the literal implementation"
 	@echo "make test       set up .venv, run the test suite (minutes)"
 	@echo "make test-slow  the tests that take longer; also compiles the CUDA kernels, with an nvcc of its own"
-	@echo "make test-exhaustive  every other case of theirs (an hour or two)"
+	@echo "make test-exhaustive  every other case of theirs"
 	@echo "make bench-check  has a step become slower than the committed results of this machine? (minutes)"
 	@echo "make setup      .venv alone, with everything the other commands need"
 	@echo "make lint       formatter and linter, reporting only"

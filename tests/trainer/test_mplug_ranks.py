@@ -13,7 +13,7 @@ from tests.thinned import EXHAUSTIVE
 from tests.trainer import vl
 from tests.trainer.conftest import ROOT
 from tests.trainer.test_mplug import adapter, close, results, squares, write  # noqa: F401
-from tests.trainer.test_ranks import LAUNCHER, free_port, torchs
+from tests.trainer.test_ranks import LAUNCHER, free_port, torchrun
 
 pytestmark = pytest.mark.skipif(LAUNCHER is None, reason="DeepSpeed's launcher is not installed")
 
@@ -129,7 +129,7 @@ def test_two_ranks_train_what_one_does(command, train, write, tmp_path, kind, me
     code, _, err = train(write(kind, out="alone", **options))
     assert code == 0, err
     options["train"] = options["train"] | {"zero": zero}
-    done = command(write(kind, out="two", **options), launcher=torchs(2))
+    done = command(write(kind, out="two", **options), launcher=torchrun(2))
     assert done.returncode == 0, done.stderr
     one, two = results(tmp_path / "alone"), results(tmp_path / "two")
     assert two["ranks"] == 2
@@ -160,7 +160,7 @@ def test_each_of_two_ranks_holds_half_and_nothing_outlives_the_gather(write, env
     script = tmp_path / "look.py"
     script.write_text(_LOOK)
     done = subprocess.run(
-        [*torchs(2), str(script), "--config", str(config)],
+        [*torchrun(2), str(script), "--config", str(config)],
         env=environment | {"PYTHONPATH": str(ROOT)},
         cwd=tmp_path,
         capture_output=True,
@@ -185,7 +185,7 @@ def test_what_two_ranks_keep_in_the_hosts_memory_changes_nothing(train, write, e
     script = tmp_path / "offloaded.py"
     script.write_text(_OFFLOADED)
     done = subprocess.run(
-        [*torchs(2), str(script), "--config", str(config)],
+        [*torchrun(2), str(script), "--config", str(config)],
         env=environment | {"PYTHONPATH": str(ROOT)},
         cwd=tmp_path,
         capture_output=True,
@@ -210,7 +210,7 @@ def test_a_run_goes_on_at_another_world_size_and_stage(command, train, write, tm
         interrupt_after(patch, 7)
         with pytest.raises(Killed):
             train(write(out="cut", **options))
-    done = command(write(out="cut", **options), "train.zero=3", launcher=torchs(2))
+    done = command(write(out="cut", **options), "train.zero=3", launcher=torchrun(2))
     assert done.returncode == 0, done.stderr
     assert "resuming  after step 7" in done.stdout and "begun on 1 ranks, continued on 2" in done.stderr
     close(tmp_path / "cut", tmp_path / "whole", rtol=1e-3, atol=1e-5)

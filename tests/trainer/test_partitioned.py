@@ -16,7 +16,7 @@ from fastpeft.trainer import loop
 from fastpeft.trainer.evaluate import Spare, evaluate
 from tests.thinned import thinned
 from tests.trainer.conftest import ROOT
-from tests.trainer.test_ranks import LAUNCHER, torchs
+from tests.trainer.test_ranks import LAUNCHER, torchrun
 
 # Run as a rank: the training command, with a look at what the rank holds between two steps and while a block runs.
 _LOOK = """
@@ -136,7 +136,7 @@ def test_each_of_two_ranks_holds_half_and_gathers_a_block_while_it_runs(write_co
     script = tmp_path / "look.py"
     script.write_text(_LOOK)
     done = subprocess.run(
-        [*torchs(2), str(script), "--config", str(config)],
+        [*torchrun(2), str(script), "--config", str(config)],
         env=environment | {"PYTHONPATH": str(ROOT)},
         cwd=tmp_path,
         capture_output=True,

@@ -30,7 +30,7 @@ def launcher(ranks: int) -> tuple[str, ...]:
     return (LAUNCHER, "--num_accelerators", str(ranks), "--master_port", free_port())
 
 
-def torchs(ranks: int) -> tuple[str, ...]:
+def torchrun(ranks: int) -> tuple[str, ...]:
     """The same with torch's own launcher, which starts faster and makes no difference to the ranks."""
     return (sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}")
 
@@ -62,7 +62,7 @@ def test_two_ranks_train_what_one_does(command, train, write_config, tmp_path, z
     alone = write_config(method=method, train={"precision": precision}, out=str(tmp_path / "alone"))
     assert train(alone)[0] == 0
     config = write_config(method=method, train={"precision": precision, "zero": zero}, out=str(tmp_path / "two"))
-    done = command(config, launcher=(launcher if zero == 3 else torchs)(2))
+    done = command(config, launcher=(launcher if zero == 3 else torchrun)(2))
     assert done.returncode == 0, done.stderr
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("alone", "two"))
     assert two["ranks"] == 2
@@ -79,7 +79,7 @@ def test_two_ranks_train_what_one_does(command, train, write_config, tmp_path, z
 def test_two_ranks_resume_to_the_same_bytes(command, write_config, environment, tmp_path, zero):
     options = {"zero": zero, "epochs": 6, "checkpoint_every": "2 steps", "precision": "bf16"}
     whole = write_config(train=options, out=str(tmp_path / "whole"))
-    assert command(whole, launcher=torchs(2)).returncode == 0
+    assert command(whole, launcher=torchrun(2)).returncode == 0
     config = write_config(train=options, out=str(tmp_path / "cut"))
     script = [str(ROOT / "fastpeft" / "train.py"), "--config", str(config)]
     process = subprocess.Popen(
@@ -95,7 +95,7 @@ def test_two_ranks_resume_to_the_same_bytes(command, write_config, environment, 
     process.wait()
     assert ranks
     wait_for(lambda: not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks))
-    done = command(config, launcher=torchs(2))
+    done = command(config, launcher=torchrun(2))
     assert done.returncode == 0, done.stderr
     assert "resuming" in done.stdout
     first, second = ((tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut"))
