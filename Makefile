@@ -15,7 +15,7 @@ STAMPS := .venv/.stamps
 TORCH_STAMP := $(STAMPS)/torch-$(shell echo "$(TORCH)" | cksum | cut -d ' ' -f 1)
 # Without an NVIDIA driver, DeepSpeed's search for a GPU ends in a warning each time it is started.
 ACCELERATOR := $(if $(shell command -v nvidia-smi),,DS_ACCELERATOR=cpu)
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 MARKED_test-slow := "slow and not exhaustive"
 MARKED_test-exhaustive := exhaustive
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+from collections.abc import Sequence
 
 import optuna
+import sqlalchemy
 from optuna.exceptions import StorageInternalError
+from optuna.storages._rdb.models import TrialModel
+from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 # Optuna gives some of SQLAlchemy's errors a name of its own, others it lets through.
@@ -13,7 +18,23 @@ ERRORS = (SQLAlchemyError, StorageInternalError)
 
 
 class Database(optuna.storages.RDBStorage):
-    """Studies in a database, where a sign of life that comes too late ends nothing."""
+    """Studies in a database, where a sign of life that comes too late ends nothing, and a trial goes to one worker."""
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        """Change a trial's state; of several workers that would begin a waiting one a single one is told True.
+
+        Optuna reads the state and writes it in two statements. Where rows cannot be locked, as in SQLite, two workers
+        both read that the trial waits.
+        """
+        if state == TrialState.RUNNING:
+            waits = sqlalchemy.and_(TrialModel.trial_id == trial_id, TrialModel.state == TrialState.WAITING)
+            begin = sqlalchemy.update(TrialModel).where(waits)
+            with self.engine.begin() as connection:
+                found = connection.execute(begin.values(state=state, datetime_start=datetime.datetime.now()))
+            if found.rowcount == 1:
+                return True
+        # A trial that does not wait, or is not there: Optuna says which.
+        return super().set_trial_state_values(trial_id, state, values)
 
     def record_heartbeat(self, trial_id: int) -> None:
         """Say that a trial is being done, if the database takes it.

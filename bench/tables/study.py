@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench.tables import together
 from bench.tables.errors import TableError
@@ -153,10 +154,10 @@ def run_all(
                 # Rows that were removed from the results, or trials that failed too often: once more from the start.
                 for number in left:
                     study.enqueue_trial({"run": names[number]}, {_ASKED: True}, skip_if_exists=False)
-            study.optimize(objective, n_trials=1)
+            _do_one(study, objective)
         # Of runs that were done together one trial did them all; the others take note of theirs.
         while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            study.optimize(objective, n_trials=1)
+            _do_one(study, objective)
     except FastPEFTError:
         raise
     except Exception as error:
@@ -167,6 +168,36 @@ def run_all(
             f"the storage of the studies failed: {database.reason(failed)}; what was measured is in {results.path}, "
             "the same command goes on from there"
         ) from error
+
+
+def _do_one(study, objective: Callable[[Any], float]) -> None:
+    """Do a waiting trial; one that another worker ended meanwhile stays as that one left it.
+
+    A worker whose signs of life did not come through, for one because its machine slept, is taken for dead. What it
+    measures after all is kept by then, and Optuna refuses the trial's end.
+    """
+    import optuna
+
+    from bench.tables import database
+
+    over: list[optuna.Trial] = []
+
+    def noted(trial: optuna.Trial) -> float:
+        try:
+            value = objective(trial)
+        except optuna.TrialPruned:
+            over.append(trial)
+            raise
+        over.append(trial)
+        return value
+
+    try:
+        study.optimize(noted, n_trials=1)
+    except Exception as error:
+        if not over or database.failure(error) is not None:
+            raise
+        if not study.trials[over[0].number].state.is_finished():
+            raise
 
 
 def _taken(trial) -> bool:

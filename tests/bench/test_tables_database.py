@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -182,3 +184,48 @@ def test_another_error_is_not_the_databases(vtab, tmp_path, begun):
     begun.append(wrong)
     with pytest.raises(ZeroDivisionError):
         study.run_all(jobs(vtab, 1), results, tmp_path / "runs", store, lambda job: None)
+
+
+def test_a_waiting_trial_goes_to_one_worker(tmp_path):
+    """Workers that all read that it waits before any of them begins it."""
+    import optuna
+    from optuna.trial import TrialState
+
+    stores = [study.storage(None, tmp_path) for _ in range(4)]
+    asked = optuna.create_study(storage=stores[0])
+    for _ in range(40):
+        asked.enqueue_trial({})
+    together = threading.Barrier(len(stores))
+
+    def begin(store):
+        begun = []
+        for trial in asked.trials:
+            together.wait()
+            begun.append(store.set_trial_state_values(trial._trial_id, TrialState.RUNNING))
+        return begun
+
+    with ThreadPoolExecutor(len(stores)) as pool:
+        begun = list(pool.map(begin, stores))
+    assert [sum(each) for each in zip(*begun, strict=True)] == [1] * 40
+    assert all(trial.state == TrialState.RUNNING and trial.datetime_start for trial in asked.get_trials())
+
+
+@pytest.mark.parametrize("state", ["FAIL", "COMPLETE"])
+def test_a_trial_that_another_worker_ends_meanwhile(vtab, tmp_path, begun, state):
+    import optuna
+    from optuna.trial import TrialState
+
+    todo, results, store = jobs(vtab), Results(tmp_path / "results.csv"), study.storage(None, tmp_path)
+    trained = []
+
+    def end(job):
+        trained.append(job)
+        (name,) = optuna.get_all_study_names(store)
+        other = optuna.load_study(study_name=name, storage=store)
+        (running,) = other.get_trials(states=(TrialState.RUNNING,))
+        value = {"values": 0.5} if state == "COMPLETE" else {"state": TrialState.FAIL}
+        other.tell(running.number, **value)
+
+    begun.append(end)
+    study.run_all(todo, results, tmp_path / "runs", store, lambda job: None)
+    assert trained == todo and len(results.rows()) == 3

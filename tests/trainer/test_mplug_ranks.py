@@ -96,10 +96,10 @@ def lively(root) -> dict[str, str]:
 @pytest.mark.parametrize(
     "kind, method, zero, cache",
     [
-        ("captions", "lora", 3, "off"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                ("captions", "lora", 3, "off"),
                 ("captions", "prefix", 2, "auto"),
                 ("captions", "image", 3, "auto"),
                 ("vqa", "prompts", 1, "off"),

@@ -151,7 +151,7 @@ def test_an_interruption_before_the_results_are_written_only_repeats_the_end(
     assert adapter_bytes(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_sigkill_at_random_moments(train, command, environment, write_config, tmp_path, times):
     """A process of its own, killed while it starts, computes, evaluates or writes, and started again."""
     # An epoch is six steps.
@@ -172,7 +172,7 @@ def test_sigkill_at_random_moments(train, command, environment, write_config, tm
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.wait()
-    assert kills >= times - 1, f"too many runs ended before they were killed: {moments}"
+    assert kills >= max(1, times - 1), f"too many runs ended before they were killed: {moments}"
     last = command(config)
     assert last.returncode == 0, last.stderr
     assert adapter_bytes(tmp_path / "cut") == adapter_bytes(tmp_path / "whole"), moments
