@@ -37,6 +37,10 @@ _SURE_TURNS, _SURE_SECONDS = 30, 40
 Run = Callable[[Sequence[str], int, float], list[Record]]
 
 
+class BrokenError(TableError):
+    """A benchmark did not end as it should."""
+
+
 def run(rows: Sequence[str], turns: int, seconds: float, keep: Path | None = None, options: Sequence[str] = ()) -> list:
     """Measure rows as `pytest bench --benchmark-only` does, in a process of its own; their records.
 
@@ -48,7 +52,7 @@ def run(rows: Sequence[str], turns: int, seconds: float, keep: Path | None = Non
         options: of pytest besides.
 
     Raises:
-        TableError: a benchmark failed; what and why is on the terminal.
+        BrokenError: a benchmark failed; what and why is on the terminal.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bench.json"
@@ -56,7 +60,7 @@ def run(rows: Sequence[str], turns: int, seconds: float, keep: Path | None = Non
         command += ["--bench-rows", ",".join(rows), "--bench-turns", str(turns), "--bench-seconds", str(seconds)]
         done = subprocess.run([*command, "--benchmark-json", str(path), *options], cwd=_ROOT)
         if done.returncode != 0:
-            raise TableError("benchmarks failed; see above")
+            raise BrokenError("benchmarks failed; see above")
         found = compare.load(path)
         if keep is not None:
             keep.parent.mkdir(parents=True, exist_ok=True)
@@ -73,8 +77,16 @@ def check(before: Sequence[Record], run: Run, say: Callable[[str], None]) -> int
         say: called with lines.
 
     Returns:
-        0 if no ratio of ours has grown, 1 if one has, twice, or is gone, 2 if the runs are not comparable.
+        0 if no ratio of ours has grown, 1 if one has, twice, or cannot be measured, 2 if the runs are not comparable.
     """
+    try:
+        return _check(before, run, say)
+    except BrokenError as error:
+        say(f"bench-check: {error}")
+        return 1
+
+
+def _check(before: Sequence[Record], run: Run, say: Callable[[str], None]) -> int:
     first = compare.compare(before, run(SELECTION, _TURNS, _SECONDS))
     if first.different:
         say(f"bench-check: not comparable with the committed results: {first.different}")

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.cases import token_rows
-from bench.memory import in_subprocess
+from bench.memory import in_subprocess, own_pages
 from bench.paths import PATHS, Setting
 from bench.timing import Timing, environment, floor, interleave
 from fastpeft._serve import serve
@@ -60,6 +60,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     run = _finished(out)
     torch.set_num_threads(run["threads"])
     if arguments.measure_memory:
+        own_pages()
         config = _probe_config(run, out) if arguments.probe else Config.model_validate(run["config"])
         setting = Setting.of(config, str(out))
         print(json.dumps({"peak_bytes": setting.peak_memory(arguments.measure_memory)}))

@@ -15,7 +15,7 @@ import torch
 
 from bench.cpu.shapes import DTYPES, VIT_B, Models, Shape
 from bench.cpu.variants import Variant, step_of
-from bench.memory import ResidentPeak
+from bench.memory import ResidentPeak, own_pages
 
 _STEPS = 3
 
@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true")
     given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
+    own_pages()
     shape = Shape(given.model, given.batch, given.dtype, given.threads, given.tiny)
     models = Models()
     step = step_of(given.variant, shape, models)

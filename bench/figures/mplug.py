@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from bench.figures.style import INK, PALETTE, look, panels, styled
-from bench.mplug_study.measured import Cell, reference_size
+from bench.mplug_study.measured import Cell, reference_size, share
 from bench.mplug_study.methods import FULL
 from bench.mplug_study.protocol import Protocol
 from bench.tables.results import Line
@@ -30,20 +30,25 @@ def sweeps(found: Sequence[Cell], protocol: Protocol, metric: str) -> Figure | N
     axes = figure.subplots(len(kinds), 2, squeeze=False, sharey=True)
     for (left, right), classifier in zip(axes, kinds, strict=True):
         own = [cell for cell in found if cell.classifier == classifier or cell.method == FULL]
-        _by_share(left, own, found, methods)
+        _by_share(left, own, found, protocol, methods)
         _by_size(right, own, found, methods)
         left.set_ylabel(f"{metric}{', output layer trained too' if classifier else ''}")
     axes[0][0].set_title("By share of the data")
-    axes[0][1].set_title(f"By size of the module, {max(cell.ratio for cell in found):.0%} of the data")
+    axes[0][1].set_title(f"By size of the module, {share(max(cell.ratio for cell in found))} of the data")
     axes[-1][0].set_xlabel("share of the training samples, %")
-    axes[-1][1].set_xlabel("parameters of the module")
+    # Where the module was never trained alone its own parameters are not known.
+    alone = {(cell.method, cell.size) for cell in found if not cell.classifier}
+    known = all((cell.method, cell.size) in alone for cell in found)
+    axes[-1][1].set_xlabel("parameters of the module" if known else "trained parameters")
     _legend(figure, protocol, methods)
     return figure
 
 
-def _by_share(axis: Axes, own: Sequence[Cell], found: Sequence[Cell], methods: Sequence[str]) -> None:
+def _by_share(
+    axis: Axes, own: Sequence[Cell], found: Sequence[Cell], protocol: Protocol, methods: Sequence[str]
+) -> None:
     for method in methods:
-        size = reference_size(found, method)
+        size = reference_size(found, method, protocol.tunings[method].reference)
         shares = sorted(
             (cell for cell in own if (cell.method, cell.size) == (method, size)), key=lambda cell: cell.ratio
         )

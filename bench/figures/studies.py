@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+from bench.tables.measured import refuse_mixed
 from bench.tables.protocol import ROWS
 from bench.tables.results import Line
 from bench.tables.spec import VTAB
@@ -79,10 +80,16 @@ def _short(backbone: str) -> str:
 
 
 def studies(rows: Iterable[Line]) -> list[Study]:
-    """Of all rows, in the order of their first."""
+    """Of all rows, in the order of their first.
+
+    Raises:
+        TableError: a method has final runs of two settings with one seed on a task.
+    """
     found: dict[tuple[str, str, str], list[Line]] = {}
     for row in rows:
         found.setdefault((row["backbone"], row["image_size"], row["protocol"]), []).append(row)
+    for own in found.values():
+        refuse_mixed(finals(own))
     return [Study(*key, tuple(own)) for key, own in found.items()]
 
 
@@ -129,7 +136,9 @@ def _size_in(task: str, setting: str) -> int | None:
 
 @functools.cache
 def _drawn(task: str) -> re.Match[str] | None:
-    return re.fullmatch(r"(.+)-(\d+)", task)
+    # A number may belong to a name: only the papers' tasks are known to have none.
+    found = re.fullmatch(r"(.+)-(\d+)", task)
+    return found if found and any(found[1] == known.name for known in TASKS) else None
 
 
 def diverged(row: Line) -> bool:

@@ -13,7 +13,7 @@ import json
 
 import torch
 
-from bench.memory import ResidentPeak
+from bench.memory import ResidentPeak, own_pages
 from bench.mplug_cost.cases import DTYPES, IMAGES, METHODS, TASKS, WHO, Case
 from bench.mplug_cost.steps import step_of
 
@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true")
     given = parser.parse_args(argv)
     torch.set_num_threads(1 if given.tiny else given.threads)
+    own_pages()
     case = Case(given.task, given.images, given.method, given.batch, given.dtype, given.threads, given.tiny)
     step = step_of(case, given.who)
     with ResidentPeak() as peak:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.mplug_study.measured import Cell, reference_size
+from bench.mplug_study.measured import Cell, diverged, reference_size, share
 from bench.mplug_study.methods import FULL
 from bench.mplug_study.protocol import Protocol, Schedule
 from bench.tables.layout import Entry, Layout
@@ -17,10 +17,10 @@ def by_ratio(found: Sequence[Cell], protocol: Protocol, schedule: Schedule, corp
     """Score by share of the training samples, every method at one size."""
     ratios = sorted({cell.ratio for cell in found})
     table = Layout(
-        f"{schedule.title} by share of the data, {corpus}", ("method", "trained", *(f"{ratio:.0%}" for ratio in ratios))
+        f"{schedule.title} by share of the data, {corpus}", ("method", "trained", *map(share, ratios))
     )
     for name, tuning in protocol.tunings.items():
-        size = reference_size(found, name)
+        size = reference_size(found, name, tuning.reference)
         for classifier in (False, True):
             own = {
                 cell.ratio: cell
@@ -41,7 +41,7 @@ def by_size(found: Sequence[Cell], protocol: Protocol, schedule: Schedule, corpu
     found = [cell for cell in found if cell.ratio == most]
     sizes = sorted({cell.size for cell in found if cell.method != FULL})
     table = Layout(
-        f"{schedule.title} by size of the module, {most:.0%} of the data, {corpus}",
+        f"{schedule.title} by size of the module, {share(most)} of the data, {corpus}",
         ("method", *(str(size) for size in sizes)),
         best_of="row",
     )
@@ -67,7 +67,7 @@ def by_cost(found: Sequence[Cell], protocol: Protocol, schedule: Schedule, corpu
     )
     for cell in sorted(found, key=lambda cell: cell.cost):
         tuning = protocol.tunings[cell.method]
-        label = f"{_label(tuning.title, tuning.knob, cell.size, cell.classifier)}, {cell.ratio:.0%}"
+        label = f"{_label(tuning.title, tuning.knob, cell.size, cell.classifier)}, {share(cell.ratio)}"
         entries = [Entry(f"{cell.samples:,}"), Entry(f"{cell.trained:,}"), Entry(f"{cell.cost:.3g}"), _entry(cell)]
         table.rows.append((label, entries))
     table.notes.append(_NO_NUMBERS)
@@ -93,13 +93,30 @@ def over_training(lines: Sequence[Line], method: str, protocol: Protocol, schedu
     runs: dict[str, dict[int, float]] = {}
     for line in own:
         label = _label(tuning.title, tuning.knob, int(line["size"]), line["classifier"] == "yes")
-        label += f", {float(line['ratio']):.0%}, seed {line['seed']}"
+        label += f", {share(float(line['ratio']))}, seed {line['seed']}"
         runs.setdefault(label, {})[_place(line)] = 100 * float(line["val_score"])
     for label, scores in runs.items():
         entries = [Entry(f"{scores[place]:.1f}", scores[place]) if place in scores else Entry() for place in places]
         table.rows.append((label, entries))
     table.notes.append(_NO_NUMBERS)
     return table
+
+
+def lost(runs: Sequence[Line], protocol: Protocol) -> str:
+    """Which of the final runs have no part in the numbers, as a sentence; "" where none diverged.
+
+    Args:
+        runs: the final runs of one corpus.
+    """
+    counts: dict[str, list[int]] = {}
+    for line in runs:
+        tuning = protocol.tunings[line["method"]]
+        label = _label(tuning.title, tuning.knob, int(line["size"]), line["classifier"] == "yes")
+        count = counts.setdefault(f"{label}, {share(float(line['ratio']))}", [0, 0])
+        count[0] += diverged(line)
+        count[1] += 1
+    said = [f"{label} ({some} of {total})" for label, (some, total) in counts.items() if some]
+    return f"Runs whose loss was not finite are left out: {'; '.join(said)}." if said else ""
 
 
 def _place(line: Line) -> int:

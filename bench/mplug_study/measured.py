@@ -54,11 +54,31 @@ def select(lines: Iterable[Line], **where: object) -> list[Line]:
     return [line for line in lines if all(line[name] == value for name, value in wanted.items())]
 
 
-def cells(lines: Sequence[Line]) -> list[Cell]:
-    """The settings of final runs, in the order in which they came; runs that diverged have no part in them."""
+def share(ratio: float) -> str:
+    """A share of the data, in percent with the digits that tell it from another."""
+    return f"{100 * ratio:g}%"
+
+
+def finals(lines: Iterable[Line], seeds: Sequence[int]) -> list[Line]:
+    """The final runs with these seeds."""
+    return [line for line in select(lines, stage=FINAL) if int(line["seed"]) in seeds]
+
+
+def diverged(line: Line) -> bool:
+    """Whether the run ended because its loss was not finite: its score of zero is no measurement."""
+    return not line["trained_parameters"]
+
+
+def cells(lines: Iterable[Line], seeds: Sequence[int]) -> list[Cell]:
+    """The settings of final runs, in the order in which they came; runs that diverged have no part in them.
+
+    Args:
+        lines: of one corpus under one protocol.
+        seeds: the protocol's; runs with others are not looked at.
+    """
     found: dict[tuple, list[Line]] = {}
-    for line in select(lines, stage=FINAL):
-        if line["trained_parameters"]:
+    for line in finals(lines, seeds):
+        if not diverged(line):
             place = (line["method"], int(line["size"]), float(line["ratio"]), line["classifier"] == "yes")
             found.setdefault(place, []).append(line)
     return [
@@ -72,10 +92,16 @@ def cells(lines: Sequence[Line]) -> list[Cell]:
     ]
 
 
-def reference_size(found: Sequence[Cell], method: str) -> int | None:
-    """The size of which there are the most shares; of equals the smallest; None where the method was not run."""
+def reference_size(found: Sequence[Cell], method: str, usual: int | None = None) -> int | None:
+    """The size of which there are the most shares; None where the method was not run.
+
+    Args:
+        found: what was measured.
+        method: whose.
+        usual: of sizes with equally many shares, the one to be taken; else the smallest.
+    """
     shares: dict[int, set[float]] = {}
     for cell in found:
         if cell.method == method:
             shares.setdefault(cell.size, set()).add(cell.ratio)
-    return max(shares, key=lambda size: (len(shares[size]), -size)) if shares else None
+    return max(shares, key=lambda size: (len(shares[size]), size == usual, -size)) if shares else None

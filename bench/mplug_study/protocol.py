@@ -117,7 +117,7 @@ def of_study(
     """The study's protocol.
 
     Args:
-        quick: two shares, two sizes and a tenth of the steps.
+        quick: two shares, two sizes, a tenth of the steps, and greedy search for beams.
         seeds: runs of every setting; the study does not say how many it made.
         tokenizer: what makes words of captions, `java` or `python`. CIDEr differs a little between them, so that
             results of captions are kept apart.
@@ -138,7 +138,7 @@ def of_study(
         CAPTION: _thinned(usual[CAPTION], quick_captions),
         VQA: _thinned(usual[VQA], quick_questions),
     }
-    return Protocol("quick", schedules, chosen, f"a tenth of the study's steps, two shares, two sizes, {runs}")
+    return Protocol("quick", schedules, chosen, f"a tenth of the study's steps, two shares, two sizes, greedy search, {runs}")
 
 
 def _worded(schedule: Schedule, tokenizer: str) -> Schedule:

@@ -13,7 +13,7 @@ from bench.figures import style
 from bench.mplug_study import curves, layouts
 from bench.mplug_study.corpora import Corpus
 from bench.mplug_study.job import Base
-from bench.mplug_study.measured import cells, select
+from bench.mplug_study.measured import cells, finals, select
 from bench.mplug_study.methods import TUNINGS
 from bench.mplug_study.protocol import CAPTION, VQA, Protocol
 from bench.tables import files
@@ -41,13 +41,13 @@ class StudyFigure:
 
 
 def _sweeps(protocol: Protocol, corpus: Corpus, lines: Sequence[Line], progress: Sequence[Line]) -> _Made:
-    found, schedule = cells(lines), protocol.schedules[corpus.kind]
+    found, schedule = cells(lines, protocol.seeds), protocol.schedules[corpus.kind]
     tables = [layout(found, protocol, schedule, corpus.name) for layout in (layouts.by_ratio, layouts.by_size)]
     return tables, figures.sweeps(found, protocol, schedule.title)
 
 
 def _costs(protocol: Protocol, corpus: Corpus, lines: Sequence[Line], progress: Sequence[Line]) -> _Made:
-    found, schedule = cells(lines), protocol.schedules[corpus.kind]
+    found, schedule = cells(lines, protocol.seeds), protocol.schedules[corpus.kind]
     table = layouts.by_cost(found, protocol, schedule, corpus.name)
     return [table], figures.costs(found, protocol, schedule.title)
 
@@ -106,6 +106,9 @@ def write(
             continue
         about = {"task": corpus.name, "protocol": protocol.named(corpus.kind), **where}
         made, figure = spec.make(protocol, corpus, select(rows, **about), select(progress, **about))
+        lost = layouts.lost(finals(select(rows, **about), protocol.seeds), protocol)
+        if made and lost:
+            made[-1].notes.append(lost)
         for table in made:
             table.title = f"{spec.title}. {table.title}"
         if figure is not None:

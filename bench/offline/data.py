@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tarfile
@@ -9,6 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 from bench.made import dsprites, mnist
 from bench.made.lists import write_lists
@@ -47,14 +49,32 @@ def prepare(data: Path, work: Path) -> tuple[dict[str, Path], list[str]]:
         else:
             missing.append(f"{folder}: not in {data}")
     made = work / "made"
+    made.mkdir(parents=True, exist_ok=True)
+    # Of two commands that begin at once the second finds what the first has made.
+    with FileLock(made / ".lock"):
+        roots |= _make(made, missing, data / "cifar" if "cifar" in roots else None)
+    return roots, missing
+
+
+def _make(made: Path, missing: list[str], cifar: Path | None) -> dict[str, Path]:
+    roots = {}
     for folder, make in (("mnist", mnist.make), ("dsprites_ori", dsprites.make)):
         # The lists are written last: a folder that has one is whole.
         if not (made / folder / "test.txt").is_file():
             make(made)
         roots[folder] = made
-    if "cifar" in roots:
-        roots |= _draws(data / "cifar", made, missing)
-    return roots, missing
+    if cifar is not None:
+        roots |= _draws(cifar, made / f"of-{_digest(cifar)}", missing)
+    return roots
+
+
+def _digest(cifar: Path) -> str:
+    """Of what draws are made from: those of another folder, or of other lists, are others."""
+    parts = [str(cifar.resolve()).encode()]
+    parts += [path.read_bytes() for path in sorted(cifar.glob("*.txt"))]
+    if (cifar / POOL).is_file():
+        parts.append(str((cifar / POOL).stat().st_size).encode())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
 
 
 def _draws(cifar: Path, made: Path, missing: list[str]) -> dict[str, Path]:
@@ -86,6 +106,7 @@ def _pool(cifar: Path, made: Path) -> list[Sample]:
     """The pool's images, unpacked once."""
     folder = made / "pool"
     if not (folder / _POOL_LIST).is_file():
+        made.mkdir(parents=True, exist_ok=True)
         part = made / f".{os.getpid()}.pool"
         with tarfile.open(cifar / POOL) as archive:
             _unpack(archive, part)

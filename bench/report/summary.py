@@ -32,6 +32,8 @@ from bench.tables.tasks import TASKS
 
 _PROTOCOL = re.compile(r"(paper|quick)-(\d+)")
 _PAPERS_EPOCHS = (50, 100)
+# Parts of a setting by what the paper's cost table calls them.
+_PRINTED_AS = {"length": "p", "reduction": "r"}
 _VTAB = tuple(task for task in TASKS if task.group in VTAB)
 
 
@@ -311,8 +313,9 @@ def costs(study: Study) -> list[Cost]:
             for row in own
             if not diverged(row)
         ]
+        where = {"method": method, "setting": _printed_setting(own)}
         printed = [
-            cells.cell("vpt_table12", method=method, metric=metric) for metric in ("train_latency", "train_peak_memory")
+            cells.cell("vpt_table12", **where, metric=metric) for metric in ("train_latency", "train_peak_memory")
         ]
         paper = " / ".join(str(cell) for cell in printed) if all(printed) else ""
         found.append(
@@ -323,6 +326,15 @@ def costs(study: Study) -> list[Cost]:
             )
         )  # fmt: skip
     return found
+
+
+def _printed_setting(rows: Sequence[Line]) -> str | None:
+    """What the paper's cost table calls the setting that all rows have; None where they have several."""
+    found = {
+        ",".join(f"{short}={point[name]:g}" for name, short in _PRINTED_AS.items() if name in point)
+        for point in (point_of(row["point"]) for row in rows)
+    }
+    return found.pop() if len(found) == 1 else None
 
 
 def _middle(values: Sequence[float], form: str) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import fastpeft
 from bench.cases import batch, build, create_model
-from bench.memory import ResidentPeak, cuda_peak, in_subprocess
+from bench.memory import ResidentPeak, cuda_peak, in_subprocess, own_pages
 from bench.tables.errors import TableError
 from bench.timing import device_name, interleave
 from fastpeft.trainer import launch, precision
@@ -239,7 +239,11 @@ def main(arguments: list[str]) -> None:
     """Measure one thing of one case."""
     case, what = Case(**json.loads(arguments[0])), arguments[1]
     with contextlib.redirect_stdout(sys.stderr):
-        found = times(case) if what == "times" else peak(case, *arguments[2:])
+        if what == "times":
+            found = times(case)
+        else:
+            own_pages()
+            found = peak(case, *arguments[2:])
     print(json.dumps({"found": found}))
 
 

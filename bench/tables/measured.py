@@ -58,28 +58,46 @@ def collect(rows: list[Line], backbone: Backbone, protocol: Protocol, setting: s
         TableError: a method has runs of two settings with one seed on a task.
     """
     found: Table = {}
-    seen: dict[tuple[str, str, int], Line] = {}
+    seen: dict[tuple, Line] = {}
     for row in rows:
         same = row["backbone"] == str(backbone) and row["image_size"] == str(backbone.image_size)
         if not same or row["protocol"] != protocol.name or row["stage"] != "final" or row["setting"] != setting:
             continue
         if int(row["seed"]) not in protocol.seeds:
             continue
-        first = seen.setdefault((row["task"], row["method"], int(row["seed"])), row)
-        if first is not row:
-            if (first["point"], first["accuracy"]) == (row["point"], row["accuracy"]):
-                continue
-            one, other = (f"{line['point'] or 'no setting'}: {line['accuracy']}" for line in (first, row))
-            raise TableError(
-                f"two runs of {row['method']} on {row['task']} have the seed {row['seed']} ({one}; {other}); keep the "
-                "rows of one in this file, and give tables that choose differently a folder each"
-            )
+        if not _first(row, seen):
+            continue
         measured = found.setdefault(row["method"], {}).setdefault(row["task"], Measured())
         measured.accuracies.append(100 * float(row["accuracy"]))
         measured.points.append(row["point"])
         if row["trained_parameters"]:
             measured.trained, measured.backbone = int(row["trained_parameters"]), int(row["backbone_parameters"])
     return found
+
+
+def refuse_mixed(rows: Iterable[Line]) -> None:
+    """Look for runs of which no mean may be taken, among final runs of one backbone under one protocol.
+
+    Raises:
+        TableError: a method has runs of two settings with one seed on a task.
+    """
+    seen: dict[tuple, Line] = {}
+    for row in rows:
+        _first(row, seen)
+
+
+def _first(row: Line, seen: dict[tuple, Line]) -> bool:
+    """Whether a run is its seed's first; False for the same once more."""
+    first = seen.setdefault((row["task"], row["method"], row["setting"], int(row["seed"])), row)
+    if first is row:
+        return True
+    if (first["point"], first["accuracy"]) != (row["point"], row["accuracy"]):
+        one, other = (f"{line['point'] or 'no setting'}: {line['accuracy']}" for line in (first, row))
+        raise TableError(
+            f"two runs of {row['method']} on {row['task']} have the seed {row['seed']} ({one}; {other}); keep the "
+            "rows of one in this file, and give tables that choose differently a folder each"
+        )
+    return False
 
 
 def mean_of(tasks: dict[str, Measured], names: list[str]) -> float | None:

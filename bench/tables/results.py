@@ -54,6 +54,8 @@ class Results:
 
     def __init__(self, path: Path, schema: Schema = CLASSIFICATION) -> None:
         self.path, self.schema = path, schema
+        # What was read last, by what the file was then: a grid asks for each of its runs.
+        self._last: tuple[tuple[int, ...], list[Line], dict[tuple[str, ...], Line]] | None = None
 
     def rows(self) -> list[Line]:
         """All rows, in the order in which they came.
@@ -61,6 +63,24 @@ class Results:
         Raises:
             TableError: the file is not one of these.
         """
+        return [dict(row) for row in self._known()[0]]
+
+    def _known(self) -> tuple[list[Line], dict[tuple[str, ...], Line]]:
+        """All rows, and the first of each key; read again when the file is another one."""
+        try:
+            # Looked at before it is read: what is added in between is found the next time.
+            about = self.path.stat()
+        except FileNotFoundError:
+            return [], {}
+        stamp = (about.st_ino, about.st_size, about.st_mtime_ns)
+        if self._last is None or self._last[0] != stamp:
+            rows, first = self._parsed(), {}
+            for row in rows:
+                first.setdefault(tuple(row[name] for name in self.schema.key), row)
+            self._last = stamp, rows, first
+        return self._last[1:]
+
+    def _parsed(self) -> list[Line]:
         try:
             text = self.path.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -101,7 +121,12 @@ class Results:
     def find(self, **key: object) -> Line | None:
         """The first row with these fields."""
         wanted = {name: str(value) for name, value in key.items()}
-        return next((row for row in self.rows() if all(row[name] == value for name, value in wanted.items())), None)
+        rows, first = self._known()
+        if wanted.keys() == set(self.schema.key):
+            row = first.get(tuple(wanted[name] for name in self.schema.key))
+        else:
+            row = next((row for row in rows if all(row[name] == value for name, value in wanted.items())), None)
+        return None if row is None else dict(row)
 
     def score(self, line: Line) -> float:
         """What a run is judged by."""

@@ -51,7 +51,7 @@ class Role:
     image_size: int = 224
     title: str = "ViT-B/16"
     model: tuple[tuple[str, object], ...] = ()
-    known_as: tuple[str, ...] = ("ViT-B_16.npz", "vit_base_patch16_224.orig_in21k@hub")
+    known_as: tuple[str, ...] = ("ViT-B_16.npz", "imagenet21k_ViT-B_16.npz", "vit_base_patch16_224.orig_in21k@hub")
 
     def __str__(self) -> str:
         return f"{self.backbone} at {self.image_size} px, {self.weights}"

@@ -117,7 +117,7 @@ def run_all(
 
     if not jobs or not say_done():
         return
-    names = [str(job) for job in jobs]
+    names = _names(jobs)
 
     def objective(trial: optuna.Trial) -> float:
         job = jobs[names.index(trial.suggest_categorical("run", names))]
@@ -228,6 +228,15 @@ def _fail_the_dead(study) -> None:
         ):
             # Another worker may have said so meanwhile.
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+
+def _names(jobs: Sequence[Job]) -> list[str]:
+    """What each run is called in the study: its text, with its key where others have the same text."""
+    texts = [str(job) for job in jobs]
+    return [
+        text if texts.count(text) == 1 else f"{text} ({', '.join(map(str, job.key().values()))})"
+        for text, job in zip(texts, jobs, strict=True)
+    ]
 
 
 def _name(jobs: Sequence[Job]) -> str:

@@ -302,6 +302,16 @@ def test_a_check_repeats_before_it_fails():
     assert _checked(before, bad, worse)[0] == 0
 
 
+def test_a_row_that_cannot_be_measured_any_more_fails_the_check():
+    said = []
+
+    def broken(rows, turns, seconds):
+        raise check.BrokenError("benchmarks failed; see above")
+
+    assert check.check([record(ratio=0.5)], broken, said.append) == 1
+    assert said == ["bench-check: benchmarks failed; see above"]
+
+
 def test_a_check_misses_what_is_gone_and_refuses_what_differs():
     before = [record(ratio=0.5), record(row="full", ratio=0.5)]
     status, said, _ = _checked(before, [record(ratio=0.5)])

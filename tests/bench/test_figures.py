@@ -45,6 +45,14 @@ def test_draws_of_a_task_are_no_further_tasks():
     assert alone.main == [drawn]
 
 
+def test_a_number_in_a_name_is_no_draw_of_a_task_that_nobody_knows():
+    row = next(row for row in ROWS if row["task"] == "svhn" and row["stage"] == "final")
+    ten, hundred = (row | {"task": f"cifar-{number}"} for number in (10, 100))
+    assert [base_task(row) for row in (ten, hundred)] == ["cifar-10", "cifar-100"]
+    assert Study("b", "32", "p", (ten, hundred)).main == [ten, hundred]
+    assert sizes_of([ten, hundred]) == {}
+
+
 def test_the_main_training_set_has_all_sizes_stages_and_ends():
     assert STUDY.main == [row for row in ROWS if row["task"] != "cifar100-400"]
     assert {row["train_size"] for row in STUDY.main} == {"", "480", "600", "800", "1000"}

@@ -9,10 +9,10 @@ import pytest
 
 from bench import mplug_study
 from bench.mplug_study import __main__ as study_command
-from bench.mplug_study import corpora, curves, plan
+from bench.mplug_study import corpora, curves, layouts, plan
 from bench.mplug_study.__main__ import RESULTS, run
 from bench.mplug_study.job import SCHEMA, Base, MPlugJob
-from bench.mplug_study.measured import cells, reference_size
+from bench.mplug_study.measured import Cell, cells, reference_size, share
 from bench.mplug_study.methods import FULL, TUNINGS
 from bench.mplug_study.protocol import CAPTION, VQA, Protocol, of_study
 from bench.mplug_study.tables import FIGURES, write
@@ -244,14 +244,35 @@ def test_curves_hold_every_evaluation(studied):
     assert len({tuple(line[name] for name in SCHEMA.key) for line in lines}) == len(finals)
 
 
-def test_runs_that_diverged_are_in_no_mean(studied):
+def test_runs_that_diverged_are_in_no_mean_and_named(studied):
     _, results, _, _ = studied
     rows = results.rows()
-    broken = dict(rows[-1], seed="7", score="0", trained_parameters="")
-    assert [cell.scores for cell in cells([*rows, broken])] == [cell.scores for cell in cells(rows)]
-    found = cells(rows)
+    own = [dict(row, seed="42") for row in rows if row["stage"] == "final"]
+    broken = dict(own[-1], seed="7", score="0", trained_parameters="")
+    found = cells(own, (42,))
+    assert found and [cell.scores for cell in cells([*own, broken], (42, 7))] == [cell.scores for cell in found]
+    protocol = of_study(quick=True, seeds=1)
+    assert layouts.lost(own, protocol) == ""
+    said = layouts.lost([*own, broken], protocol)
+    assert said.startswith("Runs whose loss was not finite are left out: ") and said.endswith("(1 of 2).")
+    # A run with a seed that was not asked for has no part in a cell.
+    assert [cell.scores for cell in cells([*own, dict(own[-1], seed="7", score="0.9")], (42,))] == [
+        cell.scores for cell in found
+    ]
     assert reference_size([cell for cell in found if cell.method == "prompt"], "prompt") == 16
     assert reference_size(found, "prefix") is None
+
+
+def test_the_usual_size_is_shown_where_all_have_as_many_shares():
+    found = [Cell("lora", size, ratio, False, (1.0,), 1, 1) for size in (2, 8, 32) for ratio in (0.1, 1.0)]
+    assert reference_size(found, "lora", 8) == 8 and reference_size(found, "lora") == 2
+    assert reference_size(found[:5], "lora", 32) == 2
+
+
+def test_shares_that_are_close_have_names_of_their_own():
+    assert [share(ratio) for ratio in (0.001, 0.002, 0.12, 0.125, 0.29, 1)] == [
+        "0.1%", "0.2%", "12%", "12.5%", "29%", "100%",
+    ]  # fmt: skip
 
 
 def test_data_that_lack_a_file_are_named(data, tmp_path):

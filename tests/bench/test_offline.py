@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tarfile
 
 import numpy as np
@@ -140,6 +141,18 @@ def test_folders(small, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.txt")}
     data.prepare(small, tmp_path / "work")
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.txt")}
+
+
+def test_draws_of_another_folder_are_others(small, tmp_path):
+    first, _ = data.prepare(small, tmp_path / "work")
+    (tmp_path / "other").mkdir()
+    shutil.copytree(small / "cifar", tmp_path / "other" / "cifar")
+    listed = tmp_path / "other" / "cifar" / "test.txt"
+    listed.write_text("".join(listed.read_text().splitlines(keepends=True)[1:]))
+    second, _ = data.prepare(tmp_path / "other", tmp_path / "work")
+    for name in ("cifar100-400", plan.ONE_SHOT_TASK):
+        one, other = (open_vtab(roots[name], name, "final")[0]["test"].labels for roots in (first, second))
+        assert one[1:] == other and second["mnist"] == first["mnist"]
 
 
 def test_a_subset_of_the_data(small, tmp_path, trained, unqueued, capsys):

@@ -246,6 +246,32 @@ def test_facts_outcomes_and_costs():
     assert full.seconds == "61 (60 to 62)" and full.saved == ""
 
 
+@pytest.mark.parametrize(
+    "points, paper",
+    [
+        (["length=200"] * 3, "360.1 / 25.8"),
+        (["length=1"] * 3, "213.6 / 10.3"),
+        (["length=10"] * 3, ""),
+        # Of tasks with different lengths the paper has no number.
+        (["length=1", "length=200", "length=200"], ""),
+    ],
+)
+def test_the_papers_cost_is_that_of_the_same_setting(points, paper):
+    deep = [row for row in ROWS if row["method"] == "vpt-deep" and row["stage"] == "final" and row["seed"] == "42"]
+    rows = [row | {"point": point} for row, point in zip(deep[:3], points, strict=True)]
+    (found,) = summary.costs(studies(rows)[0])
+    assert found.paper == paper
+
+
+def test_two_settings_of_one_seed_are_refused(tmp_path, capsys):
+    row = next(row for row in ROWS if row["method"] == "vpt-deep" and row["stage"] == "final")
+    write_results(tmp_path, [*ROWS, row | {"point": "base_lr=2", "accuracy": "0.9"}])
+    assert main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "two runs of vpt-deep on cifar100 have the seed 42" in error and error.count("\n") == 1
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_outcomes_of_other_training_sets():
     other = [row | {"setting": "n_train=5000", "train_size": "6250"} for row in ROWS if row["task"] == "svhn"]
     (study,) = studies(ROWS + other)

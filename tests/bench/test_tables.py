@@ -95,6 +95,24 @@ def test_a_row_is_kept_once_and_whole(tmp_path):
     assert results.has(task="svhn", seed=44) and not results.has(seed=82)
 
 
+def test_a_file_is_read_once_until_it_changes(tmp_path, monkeypatch):
+    read, parsed = [], Results._parsed
+    monkeypatch.setattr(Results, "_parsed", lambda self: read.append(self) or parsed(self))
+    results, other = Results(tmp_path / "results.csv"), Results(tmp_path / "results.csv")
+    rows = [dict.fromkeys(FIELDS, "1") | {"seed": str(seed), "point": ""} for seed in range(20)]
+    for row in rows:
+        other.add(row)
+    read.clear()
+    for row in rows:
+        assert results.find(**{name: row[name] for name in KEY}) == row and results.has(seed=row["seed"])
+    results.rows()[0]["accuracy"] = "2"
+    assert results.rows() == rows and len(read) == 1
+    other.add(rows[0] | {"seed": "20"})
+    assert results.has(seed="20") and len(results.rows()) == 21
+    (tmp_path / "results.csv").unlink()
+    assert results.rows() == [] and not results.has(seed="20")
+
+
 def test_the_beginning_of_a_line_that_a_killed_process_left(tmp_path):
     results = Results(tmp_path / "results.csv")
     results.add(line())

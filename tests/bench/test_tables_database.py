@@ -186,6 +186,14 @@ def test_another_error_is_not_the_databases(vtab, tmp_path, begun):
         study.run_all(jobs(vtab, 1), results, tmp_path / "runs", store, lambda job: None)
 
 
+def test_runs_of_one_name_are_all_done(vtab, tmp_path, begun, monkeypatch):
+    monkeypatch.setattr(Job, "__str__", lambda self: "a run")
+    todo, results, trained = jobs(vtab), Results(tmp_path / "results.csv"), []
+    begun.append(trained.append)
+    study.run_all(todo, results, tmp_path / "runs", study.storage(None, tmp_path), lambda job: None)
+    assert len(trained) == len(results.rows()) == 3
+
+
 def test_a_waiting_trial_goes_to_one_worker(tmp_path):
     """Workers that all read that it waits before any of them begins it."""
     import optuna

@@ -35,11 +35,11 @@ _SCALES = (
     Role("vit-b"),
     Role(
         "vit-l", "vit_large_patch16_224", title="ViT-L/16",
-        known_as=("ViT-L_16.npz", "vit_large_patch16_224.orig_in21k@hub"),
+        known_as=("ViT-L_16.npz", "imagenet21k_ViT-L_16.npz", "vit_large_patch16_224.orig_in21k@hub"),
     ),
     Role(
         "vit-h", "vit_huge_patch14_224", title="ViT-H/14",
-        known_as=("ViT-H_14.npz", "vit_huge_patch14_224.orig_in21k@hub"),
+        known_as=("ViT-H_14.npz", "imagenet21k_ViT-H_14.npz", "vit_huge_patch14_224.orig_in21k@hub"),
     ),
 )  # fmt: skip
 _LARGE = Role("384", image_size=384, model=(("pos_resize", "vpt"),))
