@@ -67,8 +67,8 @@ def steps_of(row: Row, settings: Settings) -> Steps:
 def measure(steps: Steps, phase: str, mode: str) -> dict[str, Figures]:
     """Figures of every implementation, and of F; "error" or "unavailable" for what could not be had.
 
-    Figures are `turns` in seconds, `ratio` of the medians to the base's with quartiles of the rounds' own ratios,
-    and what is kept for the backward pass, `saved_bytes`; on a GPU also `peak_bytes` and its ratio.
+    Figures are `turns` in seconds, `ratio` to the base's, the median of the rounds' own with their quartiles, and
+    what is kept for the backward pass, `saved_bytes`; on a GPU also `peak_bytes` and its ratio.
     """
     settings = steps.settings
     before = torch.get_num_threads()
@@ -126,10 +126,10 @@ def _cuda_peak(steps: Steps, step: Any) -> int:
 
 def against(figures: Mapping[str, Any], base: Mapping[str, Any]) -> Figures:
     """Ratios of time and memory to the base's; 1 and more says nothing of the base itself."""
+    # What disturbs a round disturbs all that take their turn in it; the ratio of two medians is of different rounds.
     rounds = [own / other for own, other in zip(figures["turns"], base["turns"], strict=True)]
-    found: Figures = {"ratio": statistics.median(figures["turns"]) / statistics.median(base["turns"])}
-    low, _, high = statistics.quantiles(rounds, n=4, method="inclusive") if len(rounds) > 1 else rounds * 3
-    found |= {"ratio_p25": low, "ratio_p75": high}
+    low, middle, high = statistics.quantiles(rounds, n=4, method="inclusive") if len(rounds) > 1 else rounds * 3
+    found: Figures = {"ratio": middle, "ratio_p25": low, "ratio_p75": high}
     return found | memory_ratios(figures, base)
 
 
