@@ -18,7 +18,7 @@ from fastpeft import _sources
 
 LIBRARY = Path(__file__).with_name("libfastpeft_cpu.so")
 # In the order of the bits in csrc/cpu/features.cpp.
-FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16")
+FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16")
 
 _INSTALL = "pip install --no-build-isolation ."
 
@@ -28,7 +28,6 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
     """The library or None, and a line about it. A library that is there but unusable is one warning."""
     if not LIBRARY.exists():
         return None, f"not built; to build it: {_INSTALL} (with torch, ninja and a C++ compiler)"
-    rebuild = "python setup.py build_ext --inplace" if _sources.FOLDER.is_dir() else _INSTALL
     try:
         library = ctypes.CDLL(str(LIBRARY))
         built_from = _built_from(library)
@@ -39,9 +38,14 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         reason = f"built from other sources than those of this fastpeft ({LIBRARY})"
     except (OSError, ValueError) as error:
         reason = f"it cannot be loaded: {error}"
-    reason = f"unusable: {reason}; rebuild it: {rebuild}"
+    reason = f"unusable: {reason}; rebuild it: {_rebuild()}"
     warnings.warn(f"fastpeft goes on without its native CPU library, which is {reason}", RuntimeWarning, stacklevel=3)
     return None, reason
+
+
+def _rebuild() -> str:
+    """The command that builds the library anew."""
+    return "python setup.py build_ext --inplace" if _sources.FOLDER.is_dir() else _INSTALL
 
 
 def _built_from(library: ctypes.CDLL) -> int | None:
@@ -60,8 +64,9 @@ def library() -> ctypes.CDLL | None:
 
 
 def status() -> str:
-    """One line: where the native library was loaded from, or why it was not."""
-    return _open()[1]
+    """One line: where the native library was loaded from, and what it lacks; or why it was not."""
+    line = _open()[1]
+    return f"{line}, built without {', '.join(_lacking())}" if _lacking() else line
 
 
 @functools.cache
@@ -78,29 +83,57 @@ def cpu_features() -> frozenset[str]:
 
 
 # Instruction sets that the native operators are written for, each with what it needs of `FEATURES`.
+_AVX512 = frozenset({"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"})
 LEVELS = {
     "none": frozenset(),
     "avx2": frozenset({"avx2", "fma"}),
-    "avx512": frozenset({"avx2", "fma", "avx512f", "avx512bw", "avx512vl"}),
-    "amx": frozenset({"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16"}),
+    "avx512": _AVX512,
+    "amx": _AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"},
 }
 LEVEL_VARIABLE = "FASTPEFT_CPU_LEVEL"
+# Of each level one function that only a compiler that knew its instructions has built. Beside those of the matrix unit
+# run those of avx512.
+_WITNESSES = {
+    "avx2": ("fastpeft_layer_norm_forward_avx2",),
+    "avx512": ("fastpeft_layer_norm_forward_avx512",),
+    "amx": ("fastpeft_gemm_amx", "fastpeft_layer_norm_forward_avx512"),
+}
+
+
+def _lacking() -> list[str]:
+    """The levels that the CPU has and the native library, where it is there, was not built for."""
+    native = library()
+    if native is None:
+        return []
+    here = [name for name, needs in LEVELS.items() if needs <= cpu_features()]
+    return [name for name in here if not all(hasattr(native, witness) for witness in _WITNESSES.get(name, ()))]
 
 
 @functools.cache
 def cpu_level() -> str:
     """The highest of `LEVELS` that this process may use; the environment variable FASTPEFT_CPU_LEVEL can lower it.
 
+    A level that the library was not built for is none; without a wish that is one warning.
+
     Raises:
-        ValueError: the variable names no level, or one that the CPU does not have.
+        ValueError: the variable names no level, or one that the CPU or the library does not have.
     """
-    possible = [name for name, needs in LEVELS.items() if needs <= cpu_features() and (name != "amx" or request_amx())]
+    lacking = _lacking()
+    here = [name for name, needs in LEVELS.items() if needs <= cpu_features() and name not in lacking]
+    possible = [name for name in here if name != "amx" or request_amx()]
     wish = os.environ.get(LEVEL_VARIABLE)
-    if not wish:
-        return possible[-1]
-    if wish not in possible:
-        raise ValueError(f"{LEVEL_VARIABLE}={wish}: this CPU runs {', '.join(possible)}")
-    return wish
+    if wish:
+        if wish not in possible:
+            raise ValueError(f"{LEVEL_VARIABLE}={wish}: this CPU runs {', '.join(possible)} with this library")
+        return wish
+    if lacking:
+        warnings.warn(
+            f"fastpeft's native CPU library was built without {', '.join(lacking)}, which this CPU has; it goes on "
+            f"with {possible[-1]}. A newer compiler (CXX) would build them: {_rebuild()}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return possible[-1]
 
 
 def function(name: str, *arguments: type) -> Callable[..., int]:

@@ -40,8 +40,8 @@ class PromptEnsemble(nn.Module):
             backend: as `fastpeft.patch` takes it.
 
         Raises:
-            MethodError: an adapter is not of VPT alone, or its method differs from the first's; the model is no image
-                transformer itself, or holds others.
+            MethodError: an adapter is not of VPT alone, its method differs from the first's, or its head is not linear;
+                the model is no image transformer itself, or holds others.
             FastPEFTError: a folder is not an adapter, or is of another base.
         """
         super().__init__()
@@ -108,6 +108,9 @@ def _member(model: nn.Module, folder: str | os.PathLike) -> tuple[Method, bool, 
             raise MethodError(f"{folder} was trained with {record.method}; an ensemble is made of VPT alone")
         host = _host(model)
         view = view_of(host)
+        if len(view.heads()) < sum(any(True for _ in head.parameters()) for head in view.outputs()):
+            kinds = ", ".join(type(head).__name__ for head in view.outputs())
+            raise MethodError(f"an ensemble's members have linear heads, {folder} is of {kinds}; run them one by one")
         prompts = [_prompts(block.module) for block in view.blocks]
         heads = {name: getattr(host, name) for name in view.spec.heads if isinstance(getattr(host, name), nn.Linear)}
         copies = {

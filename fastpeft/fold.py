@@ -36,7 +36,7 @@ def fold_prefix(model: nn.Module) -> nn.Module:
     if record.merged is not None:
         raise MethodError("the model's method was merged, and the network with it")
     ((_, host),) = outermost(model)
-    for block in view_of(host).blocks:
+    for block in view_of(host).every_block():
         extension = block.module._modules.get(PrefixTuning.name)
         plain = _plain(extension)
         if plain is not None:

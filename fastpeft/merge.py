@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastpeft.engine.block import BlockState
 from fastpeft.engine.description import child
 from fastpeft.engine.extensions import FixedKeyValues, InputPrompts, KeyValues, LowRanks, Prompts
+from fastpeft.engine.head import DeepHead
 from fastpeft.engine.linear import is_plain
 from fastpeft.engine.post_norm import block_run
 from fastpeft.engine.view import BlockView
@@ -44,6 +45,11 @@ def merge(model: nn.Module) -> nn.Module:
     ((_, host),) = outermost(model)
     blocks = view_of(host).every_block()
     refused = [reason for block in blocks for reason in _refusals(block)]
+    refused += [
+        f"{path}: hidden layers before the output layer are not linear"
+        for path, module in host.named_modules()
+        if isinstance(module, DeepHead)
+    ]
     if refused:
         raise MethodError("cannot merge: " + "; ".join(refused))
     errors: dict[str, float] = {}

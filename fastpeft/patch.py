@@ -17,7 +17,7 @@ from fastpeft.engine.view import ModelView
 from fastpeft.errors import FastPEFTError, MethodError, UnsupportedModelError
 from fastpeft.methods.base import Method
 from fastpeft.models.families import find_hosts
-from fastpeft.models.wrappers import register_all
+from fastpeft.models.wrappers import register_all, wrapped
 from fastpeft.ops.choose import asked
 from fastpeft.parameters import hosts, outermost, view_of
 
@@ -68,7 +68,7 @@ def patch(
 
     Without a method nothing changes but speed and memory: same function, parameters, `state_dict()` keys and
     `requires_grad`. With a method the backbone is frozen, the method's tensors are added, and the head that is there is
-    trained as it is.
+    trained as it is, whatever module it is. Of one that Hugging Face peft has wrapped, what peft trains is trained.
 
     Args:
         model: a transformer of a known family, or a module that holds some (a Hugging Face PeftModel, say).
@@ -80,7 +80,8 @@ def patch(
             FASTPEFT_BACKEND and FASTPEFT_BACKEND_<OPERATOR> come first; they are read here.
         memory: what training keeps for the backward pass. "fast" keeps all it needs; "balanced" the derivative of the
             MLP's activation in eight bits, where weights and biases of the MLP are frozen and activations in half
-            precision; "small" the blocks' inputs, and runs each block again. None leaves it as it is, "fast" at first.
+            precision; "small" the blocks' inputs, and runs each block again, unless a hook of every module watches
+            the blocks. None leaves it as it is, "fast" at first.
 
     Returns:
         The same model.
@@ -176,10 +177,11 @@ def _add_method(model: nn.Module, record: PatchRecord, method: Method, train_hea
         raise MethodError(f"{_name(method)} needs every block, but {path} is left alone: {reason}")
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     view = view_of(host)
+    heads = _parameters_of_heads(view) if train_head else []
     try:
         model.requires_grad_(False)
-        for head in view.heads() if train_head else ():
-            head.requires_grad_(True)
+        for parameter in heads:
+            parameter.requires_grad_(True)
         method.enter(view)
         view.settle()
     except BaseException:
@@ -203,6 +205,27 @@ def _add_method(model: nn.Module, record: PatchRecord, method: Method, train_hea
         del keeper.fastpeft_record
     model.fastpeft_record = record
     model.train(model.training)
+
+
+def _parameters_of_heads(view: ModelView) -> list[nn.Parameter]:
+    """What of the output layers is trained: everything, whatever modules they are.
+
+    Raises:
+        MethodError: another library has wrapped one and trains nothing of it.
+    """
+    found = []
+    for name, head in zip(view.spec.heads, view.outputs(), strict=True):
+        parameters = list(head.parameters())
+        if parameters and wrapped(head):
+            # It may hold copies that do not run: the wrapper's own choice stands.
+            parameters = [parameter for parameter in parameters if parameter.requires_grad]
+            if not parameters:
+                raise MethodError(
+                    f"{name} is a {type(head).__module__}.{type(head).__name__} that trains nothing; activate its "
+                    "adapter for training, or pass train_head=False"
+                )
+        found += parameters
+    return found
 
 
 def _name(method: Method) -> str:
@@ -265,11 +288,12 @@ def unpatch(model: nn.Module, discard: bool = False) -> nn.Module:
                 "take the wrapper off before unpatching, and put it back afterwards"
             )
     extras = sorted({name for _, host in hosts(model) for b in view_of(host).blocks for name in _extensions(b.module)})
-    extras += ["mlp_head"] if any(isinstance(m, DeepHead) for m in model.modules()) else []
+    deep_head = any(isinstance(module, DeepHead) for module in model.modules())
+    extras += ["mlp_head"] if deep_head else []
     if extras and not discard:
+        fold = "" if deep_head else "fold it with fastpeft.merge, "
         raise MethodError(
-            f"unpatching would lose {', '.join(extras)}: fold it with fastpeft.merge, keep it with fastpeft.save, "
-            "or pass discard=True"
+            f"unpatching would lose {', '.join(extras)}: {fold}keep it with fastpeft.save, or pass discard=True"
         )
     records = [(keeper, keeper.__dict__["fastpeft_record"]) for keeper in _keepers(model)]
     rested = any(host.fastpeft_host.backbone_eval for _, host in hosts(model))

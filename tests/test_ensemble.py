@@ -120,6 +120,18 @@ def test_what_makes_no_ensemble(tmp_path):
         fastpeft.PromptEnsemble(model, [vpt]).train()
 
 
+def test_heads_of_several_layers_are_refused(tmp_path):
+    def deep(seed):
+        model = vit()
+        torch.manual_seed(seed)
+        model.head = torch.nn.Sequential(torch.nn.Linear(32, 8), torch.nn.ReLU(), torch.nn.Linear(8, CLASSES))
+        return model
+
+    fastpeft.save(fastpeft.patch(deep(0), fastpeft.VPT(3)), tmp_path / "deep")
+    with pytest.raises(fastpeft.MethodError, match=r"have linear heads, .*deep is of Sequential"):
+        fastpeft.PromptEnsemble(deep(1), [tmp_path / "deep"])
+
+
 def test_what_is_no_image_transformer_is_a_line(tmp_path):
     """An mPLUG holds an image tower beside its own blocks; a wrapped transformer is not the model."""
     from tests.models.mplug.tiny import make

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -98,6 +100,16 @@ def test_wheel_with_native_library(checkout, compiler, flags):
     settings = {name: os.environ.get(name) for name in ("CXX", "CXXFLAGS", "LDFLAGS", "PATH", "LD_LIBRARY_PATH")}
     assert said.stdout.startswith(f"False loaded from {installed}"), f"{said.stdout}{said.stderr}{settings}"
     assert not {name for name in names if name.split("/")[0] in ("tests", "bench", "csrc", "kernels", "configs")}
+    # Of a function that several files had in common the linker would keep one, of any instruction set.
+    assert not any(map(shared_functions, (checkout / "build").rglob("*[0-9]_*.o")))
+
+
+def shared_functions(compiled: Path) -> list[str]:
+    """What a file compiled for several instruction sets leaves to the linker to choose."""
+    symbols = subprocess.run(["nm", "-C", str(compiled)], capture_output=True, text=True, check=True).stdout
+    if "_amx\n" in symbols:
+        return []
+    return re.findall(r" [WV] (fastpeft::.*)", symbols)
 
 
 @pytest.mark.parametrize("cause", ["compiler fails", "no compiler", "no torch"])
@@ -148,6 +160,7 @@ def reopened(monkeypatch):
     def forget():
         _native._open.cache_clear()
         _native.cpu_features.cache_clear()
+        _native.cpu_level.cache_clear()
 
     forget()
     yield monkeypatch
@@ -165,6 +178,61 @@ def test_native_features_agree_with_the_kernel():
 def test_request_amx_is_granted_where_it_is_listed():
     expected = _native.library() is not None and "amx_tile" in _native.cpu_features()
     assert _native.request_amx() == expected
+
+
+class Built:
+    """A library in whose build a compiler did not know some instruction sets."""
+
+    def __init__(self, lacks: tuple[str, ...]):
+        self._lacks = lacks
+
+    def fastpeft_cpu_request_amx(self) -> int:
+        return 1
+
+    def __getattr__(self, name: str):
+        if name.endswith(self._lacks):
+            raise AttributeError(f"undefined symbol: {name}")
+        return object()
+
+
+@pytest.mark.parametrize(
+    "lacks, said, level",
+    [
+        (("_amx",), "amx", "avx512"),
+        # The matrix unit does not go without what runs beside it.
+        (("_avx512",), "avx512, amx", "avx2"),
+        (("_avx2", "_avx512", "_amx"), "avx2, avx512, amx", "none"),
+        ((), "", "amx"),
+    ],
+)
+def test_a_level_that_was_not_built_is_not_used(reopened, lacks, said, level):
+    reopened.delenv(_native.LEVEL_VARIABLE, raising=False)
+    reopened.setattr(_native, "_open", lambda: (Built(lacks), "loaded"))
+    reopened.setattr(_native, "cpu_features", lambda: frozenset(_native.FEATURES))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert [_native.cpu_level() for _ in range(3)] == [level] * 3
+    assert _native.status() == (f"loaded, built without {said}" if said else "loaded")
+    assert len(caught) == bool(said)
+    if said:
+        assert f"built without {said}, which this CPU has; it goes on with {level}" in str(caught[0].message)
+    _native.cpu_level.cache_clear()
+    reopened.setenv(_native.LEVEL_VARIABLE, "amx")
+    if lacks:
+        with pytest.raises(ValueError, match="FASTPEFT_CPU_LEVEL=amx: this CPU runs none"):
+            _native.cpu_level()
+    else:
+        assert _native.cpu_level() == "amx"
+
+
+def test_what_the_compiler_may_use_is_asked_of_the_cpu():
+    """Every option of setup.py for an instruction set is a feature that its level needs."""
+    source = (ROOT / "setup.py").read_text()
+    options = re.search(r"^_AVX512 = .*?^LEVEL_FLAGS = .*?^}", source, re.DOTALL | re.MULTILINE)[0]
+    used = {name.replace("-", "") for name in re.findall(r'"-m([a-z0-9-]+)"', options)}
+    assert used == {name.replace("_", "") for name in _native.LEVELS["amx"]}
+    wide = re.search(r"^_AVX512 = .*", options, re.MULTILINE)[0]
+    assert set(re.findall(r'"-m([a-z0-9]+)"', wide)) == _native.LEVELS["avx512"]
 
 
 def test_features_without_native_library(reopened, tmp_path):

@@ -25,7 +25,7 @@ namespace fastpeft {
 using bf16 = uint16_t;  // the upper half of a float
 
 // What an exported function returns.
-enum Status : int32_t { kOk = 0, kNoMemory = 1 };
+enum Status : int32_t { kOk = 0, kNoMemory = 1, kOutOfRange = 2 };
 
 template <class T>
 FASTPEFT_INLINE constexpr T ceil_div(T a, T b) {
@@ -37,7 +37,7 @@ FASTPEFT_INLINE constexpr T smaller(T a, T b) {
   return a < b ? a : b;
 }
 
-// Part `index` of `parts` of [0, count), sizes differing by one at most.
+// Part `index` of `parts`, at least one, of [0, count), sizes differing by one at most.
 struct Range {
   int64_t begin, end;
 };
@@ -46,6 +46,11 @@ FASTPEFT_INLINE Range part_of(int64_t count, int64_t parts, int64_t index) {
   const int64_t base = count / parts, more = count % parts;
   const int64_t begin = index * base + smaller(index, more);
   return {begin, begin + base + (index < more ? 1 : 0)};
+}
+
+// Threads worth starting for a number of pieces of work; one if there is nothing to do.
+FASTPEFT_INLINE int team(int64_t threads, int64_t pieces) {
+  return static_cast<int>(pieces < 1 || threads < 1 ? 1 : smaller(threads, pieces));
 }
 
 // Runs work(index) for index in [0, threads), each on a thread of OpenMP's, which torch's own loops share. The runtime
@@ -63,6 +68,9 @@ FASTPEFT_INLINE void parallel(int threads, const Work& work) {
   }
 }
 
+// A file's own: one that the linker shared could be made of instructions that a lower level's CPU does not have.
+namespace {
+
 // Memory at a page's beginning; a large piece in pages of 2 MiB where the system has them, since a product that strides
 // through small ones waits for their addresses.
 inline void* pages(size_t bytes) {
@@ -77,6 +85,8 @@ inline void* pages(size_t bytes) {
 #endif
   return std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
 }
+
+}  // namespace
 
 // Memory of a thread that is kept between calls, so that pages are touched once. A thread has one such buffer a name
 // (`Tag`); asking for more than there is replaces it.

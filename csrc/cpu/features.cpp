@@ -23,10 +23,11 @@ enum Feature : uint64_t {
   kFma = 1u << 1,
   kAvx512f = 1u << 2,
   kAvx512bw = 1u << 3,
-  kAvx512vl = 1u << 4,
-  kAvx512Bf16 = 1u << 5,
-  kAmxTile = 1u << 6,
-  kAmxBf16 = 1u << 7,
+  kAvx512dq = 1u << 4,
+  kAvx512vl = 1u << 5,
+  kAvx512Bf16 = 1u << 6,
+  kAmxTile = 1u << 7,
+  kAmxBf16 = 1u << 8,
 };
 
 #if defined(__x86_64__)
@@ -82,6 +83,7 @@ uint64_t detect() {
   if (ymm && bit(basic.ecx, 12)) found |= kFma;
   if (zmm && bit(extended.ebx, 16)) found |= kAvx512f;
   if (zmm && bit(extended.ebx, 30)) found |= kAvx512bw;
+  if (zmm && bit(extended.ebx, 17)) found |= kAvx512dq;
   if (zmm && bit(extended.ebx, 31)) found |= kAvx512vl;
   if (zmm && bit(extended1.eax, 5)) found |= kAvx512Bf16;
   if (tiles && bit(extended.edx, 24)) found |= kAmxTile;

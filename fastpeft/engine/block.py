@@ -3,8 +3,9 @@
     x <- x + branch_attn(x),   x <- x + branch_ffn(x)          (pre-LayerNorm)
 
 Rows of a block's input, in this order: token rows, prompt rows carried from an earlier block, prompt rows that this
-block inserts. A prompt row whose output nobody reads is only a key and a value: it has no query, no output projection
-and no FFN, and if the batch shares it, it is normalised and projected once.
+block inserts, those that it hands on before the others. A prompt row whose output nobody reads is only a key and a
+value: it has no query, no output projection and no FFN, and if the batch shares it, it is normalised and projected
+once.
 """
 
 from __future__ import annotations
@@ -165,6 +166,8 @@ class BlockRun:
     def _prompt_rows(self, x: Tensor) -> Tensor | None:
         """Rows that this block inserts: (p, d) if the batch shares them, else (B, p, d); of a bank (T, p, d)."""
         prompts = [e for e in self.extensions if isinstance(e, Prompts)]
+        # The block hands on its first rows, whatever was attached first.
+        prompts.sort(key=lambda e: not e.carried)
         found = [e.rows(x.shape[0], x.dtype, self.noise) for e in prompts]
         if not found:
             return None

@@ -7,7 +7,7 @@ to be a tensor that anybody else can read. Most of it is frozen as a rule; what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.engine.description import child
-from fastpeft.engine.linear import read
+from fastpeft.engine.linear import folded, read
 from fastpeft.ops.autocast import suspended
 from fastpeft.ops.choose import choose, is_reference
 from fastpeft.ops.lora_linear import LowRankTerm
@@ -53,7 +53,8 @@ def attention_branch(
         return None
     inner = spec.num_heads * spec.head_dim
     widths = (x.shape[-1], inner, out.weights[0].shape[0])
-    module = choose("block", wish, x.device, lambda module: module.reasons(x, widths, spec.head_dim))
+    weights = (*qkv.weights, *out.weights)
+    module = choose("block", wish, x.device, lambda module: module.reasons(x, widths, spec.head_dim, weights))
     if module is None:
         return None
     # Few rows are not worth a pack of their own; what else is keys and values has them ready.
@@ -123,7 +124,8 @@ def _mlp_layers(run: BlockRun, x: Tensor) -> tuple[ModuleType, Layers, Layers, n
     if fc1 is None or fc2 is None or not pays(x, fc1, fc2):
         return None
     widths = (x.shape[-1], fc1.weights[0].shape[0], fc2.weights[0].shape[0])
-    module = choose("block", run.backends["block"], x.device, lambda module: module.reasons(x, widths, None))
+    weights = (*fc1.weights, *fc2.weights)
+    module = choose("block", run.backends["block"], x.device, lambda module: module.reasons(x, widths, None, weights))
     return None if module is None else (module, fc1, fc2, norm)
 
 
@@ -161,13 +163,20 @@ class Layers:
     Attributes:
         trained: any of their own tensors is.
         norm_trained: any of the LayerNorm's is.
+        folded: of each, what another library has added to its weight.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], norm: nn.Module | None, terms: Sequence[LowRankTerm]):
+    def __init__(
+        self,
+        layers: Sequence[nn.Linear],
+        norm: nn.Module | None,
+        terms: Sequence[LowRankTerm],
+        folded: tuple[Hashable, ...],
+    ):
         self.weights = [layer.weight for layer in layers]
         self.biases = [layer.bias for layer in layers]
         self.affine = [] if norm is None else [norm.weight, norm.bias]
-        self.terms = terms
+        self.terms, self.folded = terms, folded
         self.norm_trained = any(map(_trained, self.affine))
         self.trained = self.norm_trained or any(map(_trained, (*self.weights, *self.biases)))
 
@@ -193,8 +202,9 @@ class Layers:
 def layers_of(run: BlockRun, roles: tuple[str, ...], norm: nn.Module | None = None) -> Layers | None:
     """The layers of these roles, if they are plain and what is beside them is nothing but factors."""
     layers, terms, start = [], [], 0
-    for role in roles:
-        found = read(child(run.block, run.spec.roles[role].path))
+    modules = [child(run.block, run.spec.roles[role].path) for role in roles]
+    for role, module in zip(roles, modules, strict=True):
+        found = read(module)
         if found is None:
             return None
         layer, own = found
@@ -208,7 +218,7 @@ def layers_of(run: BlockRun, roles: tuple[str, ...], norm: nn.Module | None = No
         return None
     if len({layer.bias is None for layer in layers}) > 1:
         return None
-    found = Layers(layers, norm, terms)
+    found = Layers(layers, norm, terms, tuple(map(folded, modules)))
     # The gradient of a LayerNorm that factors read through as well is the composition's.
     return None if terms and found.norm_trained else found
 
@@ -226,8 +236,9 @@ def _plain(t: Tensor | None) -> bool:
 
 
 def pays(x: Tensor, *layers: Layers) -> bool:
-    """Whether there are rows enough for weights that are packed for this step alone."""
-    return x.shape[0] * x.shape[1] >= _MANY or not any(_trained(w) for each in layers for w in each.weights)
+    """Whether there are rows, and enough of them for weights that are packed for this step alone."""
+    rows = x.shape[0] * x.shape[1]
+    return rows >= _MANY or (rows > 0 and not any(_trained(w) for each in layers for w in each.weights))
 
 
 def _folds(run: BlockRun, index: str, idle: tuple[str, ...]) -> bool:
@@ -259,7 +270,7 @@ def packer(run: BlockRun, module: ModuleType):
 
     def pack(name: str, layers: Layers, gamma: Tensor | None):
         affine = tuple(layers.affine) or (None, None)
-        return run.state.packs.layer(name, layers.weights, layers.biases, affine, gamma)
+        return run.state.packs.layer(name, layers.weights, layers.biases, affine, gamma, layers.folded)
 
     return pack
 

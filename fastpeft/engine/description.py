@@ -107,7 +107,7 @@ class HostSpec:
         blocks: (path inside the host, block spec), in order.
         stem: names of the host's children and parameters that come before the blocks.
         final: names of the children between the last block and the head.
-        heads: names of the linear output layers.
+        heads: names of the output layers; linear ones, unless somebody put another module there.
         read_tokens: of the stem, the learned tokens whose rows the head reads.
         patch_area: pixels times channels of a patch, for the prompts' initial range.
         known_readout: what comes after the blocks is the family's own, so that its read-out rows are known.

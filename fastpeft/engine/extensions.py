@@ -57,7 +57,7 @@ class Extension(nn.Module):
         return False
 
     def bottleneck(self, location: str) -> Bottleneck | None:
-        """The bottleneck adapter that it is at a location, if it is nothing but that."""
+        """The bottleneck adapter that it is at a location, if it is nothing but that; a serial one has a skip."""
         return None
 
 
@@ -70,9 +70,11 @@ class Prompts(Extension):
         dropout: probability, drawn again at every insertion.
         per_sample: every image has its own mask; otherwise the batch shares one.
         index: (batch,), which of several sets each sample has; None: one set.
+        carried: the outputs at these rows go on to the next block; `ModelView.carry` says so.
     """
 
     index: Tensor | None = None
+    carried: bool = False
 
     def __init__(self, prompts: nn.Parameter, length: int, dropout: float = 0.0, per_sample: bool = True):
         super().__init__()
@@ -299,7 +301,8 @@ class Adapters(Extension):
 
     def bottleneck(self, location: str) -> Bottleneck | None:
         inner = self._modules[location]
-        return inner if type(inner) is Bottleneck else None
+        # Whoever runs a serial adapter within a branch adds the branch to it; without a skip A(f) stands in f's place.
+        return inner if type(inner) is Bottleneck and (inner.skip or self.mode != "serial") else None
 
     def apply_to(self, location: str, branch: Tensor, normed: Tensor, backend: str = "auto") -> Tensor:
         """The residual branch at a location with the adapter in it; shapes (B, n, d)."""
@@ -318,7 +321,7 @@ class SingleAdapter(Bottleneck, Extension):
         return location == "ffn"
 
     def bottleneck(self, location: str) -> Bottleneck | None:
-        return self
+        return self if self.skip else None
 
     def apply_to(self, location: str, branch: Tensor, normed: Tensor, backend: str = "auto") -> Tensor:
         return self(branch, None, backend)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from torch import Tensor, nn
 
@@ -12,18 +12,22 @@ from fastpeft.ops.lora_linear import LowRankTerm, lora_linear
 # A reader takes a wrapped linear layer apart: (plain layer, terms beside it), or None where it cannot, and the layer is
 # then called as a module. It is asked at every call, since adapters may have been switched in between.
 Reader = Callable[[nn.Module], "tuple[nn.Linear, list[LowRankTerm]] | None"]
-_readers: dict[type, tuple[Reader, Callable[[nn.Module], str]]] = {}
+_readers: dict[type, tuple[Reader, Callable[[nn.Module], str], Callable[[nn.Module], Hashable]]] = {}
 
 
-def register_reader(kind: type, reader: Reader, explain: Callable[[nn.Module], str]) -> None:
+def register_reader(
+    kind: type, reader: Reader, explain: Callable[[nn.Module], str], folded: Callable[[nn.Module], Hashable]
+) -> None:
     """Teach the engine to look inside linear layers of exactly this class.
 
     Args:
         kind: the class.
         reader: takes a layer apart.
         explain: why the reader gave None for a layer, as a sentence without a full stop.
+        folded: what the library has added to the plain layer's weight by now, other than None. It may have done so
+            without a trace in the weight's version and address.
     """
-    _readers[kind] = (reader, explain)
+    _readers[kind] = (reader, explain, folded)
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -56,6 +60,12 @@ def read(module: nn.Module) -> tuple[nn.Linear, list[LowRankTerm]] | None:
     if known is None or has_hooks(module):
         return None
     return known[0](module)
+
+
+def folded(module: nn.Module) -> Hashable:
+    """What another library has added to the weight of a layer that it wrapped; None for a layer that is not wrapped."""
+    known = _readers.get(type(module))
+    return None if known is None else known[2](module)
 
 
 def why_opaque(module: nn.Module) -> str | None:

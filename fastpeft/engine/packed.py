@@ -46,6 +46,9 @@ def behind(run: BlockRun, role: str, location: str, a: Tensor, x: Tensor) -> Ten
         return None
     module, layers = found
     mode, inner = adapter
+    # The sum may be in fp32, but an adapter beside the branch reads x as products do.
+    if x.dtype != a.dtype and (x.dtype != torch.float32 or mode == "parallel"):
+        return None
     serial = module.Adapter("serial", inner.act, inner.scale) if mode == "serial" else None
     with suspended(x.device):
         plan = module.Linear(packer(run, module)(role, layers, None), layers.places(module), serial)
@@ -112,7 +115,8 @@ def _serve(run: BlockRun, roles: tuple[str, ...], x: Tensor) -> tuple[ModuleType
     if layers is None or layers.trained:
         return None
     widths = (*layers.weights[0].shape[1:], *(weight.shape[0] for weight in layers.weights))
-    module = choose("block", run.backends["block"], x.device, lambda module: module.reasons(x, widths, None))
+    wish, weights = run.backends["block"], layers.weights
+    module = choose("block", wish, x.device, lambda module: module.reasons(x, widths, None, weights))
     return None if module is None else (module, layers)
 
 

@@ -129,7 +129,8 @@ class PostNormRun(BlockRun):
         k, v = _of_memory(cache, lambda: self._memory_keys_values(memory))
         # To a memory that several samples share, they are queries of one.
         q = self._heads(q.reshape(k.shape[0], -1, q.shape[-1]))
-        return self._attend(q, k, v, (None, None), seen, False, dropout, lengths).reshape(*x.shape[:2], -1)
+        y = self._attend(q, k, v, (None, None), seen, False, dropout, lengths)
+        return y.reshape(*x.shape[:2], y.shape[-1])
 
     def _memory_keys_values(self, memory: Tensor) -> list[Tensor]:
         roles = ("cross_k", "cross_v")

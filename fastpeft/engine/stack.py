@@ -61,10 +61,24 @@ class EngineHost(Adopted):
 
 
 def packs_of(host: nn.Module) -> list:
-    """What backends have packed of the host's frozen weights, block by block."""
-    # By the modules that there are: blocks may have been cut off since.
-    states = [module.__dict__.get("fastpeft_block") for module in host.modules()]
-    return [state.packs for state in states if state is not None and state.packs is not None]
+    """What backends have packed of the frozen weights of the host's own blocks, block by block."""
+    own: HostState = host.fastpeft_host
+    states = [_state_at(host, path) for path, _ in own.spec.blocks]
+    if None in states:
+        # Blocks were wrapped or cut off since: by the modules that there are.
+        found = (module.__dict__.get("fastpeft_block") for module in host.modules())
+        states = [state for state in found if state is not None and state.host is own]
+    return [state.packs for state in states if state.packs is not None]
+
+
+def _state_at(host: nn.Module, path: str):
+    """The state of the block of this path, or None if it stands there no longer."""
+    module = host
+    for name in path.split("."):
+        module = module._modules.get(name)
+        if module is None:
+            return None
+    return module.__dict__.get("fastpeft_block")
 
 
 def _rest(module: nn.Module) -> None:

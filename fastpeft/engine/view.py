@@ -12,7 +12,7 @@ from torch import nn
 from fastpeft.engine.adopt import adopt
 from fastpeft.engine.block import BlockState
 from fastpeft.engine.description import BlockSpec, HostSpec, child
-from fastpeft.engine.extensions import Extension
+from fastpeft.engine.extensions import Extension, Prompts
 from fastpeft.engine.head import DeepHead
 from fastpeft.errors import MethodError
 
@@ -150,10 +150,13 @@ class ModelView:
         """Values in a flattened patch, 3 * height * width."""
         return self.spec.patch_area
 
+    def outputs(self) -> list[nn.Module]:
+        """The output layers, whatever they are (two for distilled models, none if the model is a tower)."""
+        return [] if self.prefix else [self.host.get_submodule(name) for name in self.spec.heads]
+
     def heads(self) -> list[nn.Linear]:
-        """The linear output layers (two for distilled models, none if the model has no classifier or is a tower)."""
-        found = [] if self.prefix else [self.host.get_submodule(name) for name in self.spec.heads]
-        return [head for head in found if isinstance(head, nn.Linear)]
+        """The output layers that are linear (none if the model has no classifier)."""
+        return [head for head in self.outputs() if isinstance(head, nn.Linear)]
 
     def read_tokens(self) -> list[nn.Parameter]:
         """Embeddings of the tokens that the head reads; none if it reads others, or if the model is a tower."""
@@ -191,18 +194,31 @@ class ModelView:
     def carry(self, first: int, last: int, length: int) -> None:
         """Declare that `length` prompt rows inserted in block `first` (from 0) are ordinary rows up to block `last`.
 
-        They leave every block of the range but the last one, where nobody reads their output.
+        They leave every block of the range but the last one, where nobody reads their output. They are those that were
+        attached to block `first` last.
 
         Raises:
-            MethodError: the model has several stacks of blocks, from one of which to the next no row is carried.
+            MethodError: the model has several stacks of blocks, from one of which to the next no row is carried; or
+                block `first` has no such rows.
         """
         if last > first and self.spec.inputs:
             raise MethodError(
                 f"{self.spec.family} cannot carry prompts from block to block; fastpeft.PromptTuning puts them before "
                 "the input of its stacks"
             )
+        if last > first:
+            self._rows_of(self.blocks[first], length).carried = True
         for index in range(first, last):
             self.carried[index] += length
+
+    @staticmethod
+    def _rows_of(block: BlockView, length: int) -> Prompts:
+        """The latest `length` prompt rows that a method attached to a block."""
+        attached = [block.module._modules[name] for name in block.module.fastpeft_block.extensions]
+        for extension in reversed(attached):
+            if isinstance(extension, Prompts) and extension.length == length:
+                return extension
+        raise MethodError(f"{block.path} inserts no {length} prompt rows to carry on; attach them before `carry`")
 
     def settle(self) -> None:
         """Tell the blocks what they carry."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fastpeft.engine.description import CROSS_ROLES
+from fastpeft.engine.description import CROSS_ROLES, BlockSpec
 from fastpeft.engine.extensions import HeadLowRank, LowRank, LowRanks, SharedLowRank
 from fastpeft.engine.view import BlockView, ModelView
 from fastpeft.methods.base import Method, check, is_count, is_number, is_probability, names
@@ -67,13 +67,13 @@ class LoRA(Method):
             roles = block.spec.roles
             for role in self.targets:
                 check(role in roles, f"LoRA: {block.path} has no projection {role!r}; it has: {', '.join(roles)}")
-            pairs = {role: self._pair(block, role) for role in self._roles(block)}
+            pairs = {role: self._pair(block, role) for role in self.roles(block.spec)}
             block.attach(self.name, LowRanks(pairs))
 
-    def _roles(self, block: BlockView) -> tuple[str, ...]:
-        """The targets, and what they mean in attention to a memory."""
+    def roles(self, block: BlockSpec) -> tuple[str, ...]:
+        """The targets, and what they mean in a block's attention to a memory."""
         crossed = [CROSS_ROLES[target] for target in self.targets if target in CROSS_ROLES] if self.cross else []
-        return (*self.targets, *(role for role in crossed if role in block.spec.roles))
+        return (*self.targets, *(role for role in crossed if role in block.roles))
 
     def _pair(self, block: BlockView, role: str) -> LowRank:
         place, heads = block.spec.roles[role], block.spec.num_heads

@@ -34,7 +34,9 @@ class MLPHead(Method):
         check(is_probability(self.dropout), f"MLPHead: dropout must be in [0, 1), got {self.dropout!r}")
 
     def attach(self, model: ModelView) -> None:
-        check(bool(model.heads()), "MLPHead: the model has no head; create it with num_classes > 0")
+        others = [type(head).__name__ for head in model.outputs() if any(True for _ in head.parameters())]
+        check(bool(others), "MLPHead: the model has no head; create it with num_classes > 0")
+        check(len(model.heads()) == len(others), f"MLPHead: the head must be an nn.Linear, got {', '.join(others)}")
         for head in model.heads():
             layers: list[nn.Module] = []
             for _ in range(self.k - 1):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from fastpeft import _native
 from fastpeft.native.blocked import BLOCK
 from fastpeft.native.bottleneck import Adapter
 from fastpeft.native.branches import Attention, Mlp, attention_branch, mlp_branch
+from fastpeft.native.gemm import DTYPES
 from fastpeft.native.linear import Linear, bottleneck, linear
 from fastpeft.native.low_rank import Place
 from fastpeft.native.packs import Packs
@@ -33,15 +36,16 @@ __all__ = [
 _HEAD_STEP = 16
 
 
-def reasons(x: Tensor, widths: tuple[int, ...], head_dim: int | None) -> list[str]:
+def reasons(x: Tensor, widths: tuple[int, ...], head_dim: int | None, weights: Sequence[Tensor] = ()) -> list[str]:
     """Why a branch cannot run here; empty if it can.
 
     Args:
         x: (B, N, d), the branch's input.
         widths: of everything that is multiplied: inputs, hidden units, outputs.
         head_dim: of attention, or None.
+        weights: of the layers, which are packed as they are.
     """
-    found = []
+    found = [] if x.numel() else ["there are no rows"]
     if _native.cpu_level() != "amx":
         found.append(f"it needs a CPU with AMX, this one has {_native.cpu_level()}")
     # An fp32 residual stream is what autocast leaves: its products are in bf16.
@@ -50,6 +54,9 @@ def reasons(x: Tensor, widths: tuple[int, ...], head_dim: int | None) -> list[st
         found.append(f"it computes in bfloat16, the activations are {_name(x.dtype)}")
     if mixed and torch.get_autocast_dtype("cpu") != torch.bfloat16:
         found.append(f"it computes in bfloat16, autocast in {_name(torch.get_autocast_dtype('cpu'))}")
+    others = {w.dtype for w in weights} - set(DTYPES)
+    if others:
+        found.append(f"weights must be bfloat16 or float32, some are {', '.join(sorted(map(_name, others)))}")
     if any(width % BLOCK for width in widths):
         found.append(f"widths must be multiples of {BLOCK}, they are {', '.join(map(str, widths))}")
     if head_dim is not None and head_dim % _HEAD_STEP:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastpeft.native import blocked, one_pass
 from fastpeft.native.factors import factors
-from fastpeft.native.gemm import Weight, gemm
+from fastpeft.native.gemm import DTYPES, Weight, gemm
 from fastpeft.native.operand import column_sums, weight_backward, weight_forward
 from fastpeft.native.packs import Layer, Live
 
@@ -33,6 +33,14 @@ class Adapter(NamedTuple):
     scale: float
 
 
+def _readable(t: Tensor | None) -> Tensor | None:
+    """A factor as products read it."""
+    if t is None:
+        return None
+    t = t.detach()
+    return (t if t.dtype in DTYPES else t.float()).contiguous()
+
+
 class Bottleneck:
     """An adapter in one step of training.
 
@@ -44,8 +52,8 @@ class Bottleneck:
     def __init__(self, adapter: Adapter, factors: Sequence[Tensor | None], first: Layer | Live):
         """An adapter of W_down (hidden, d), b_down, W_up (out, hidden), b_up; the LayerNorm is in `first`."""
         self._adapter, self._first = adapter, first
-        self._factors = [None if t is None else t.detach().contiguous() for t in factors]
-        self._down, self._down_bias, self._up, self._up_bias = self._factors
+        self._factors = factors
+        self._down, self._down_bias, self._up, self._up_bias = map(_readable, factors)
         self.serial = adapter.mode == "serial"
         self._width = blocked.blocks(self._down.shape[0]) * blocked.BLOCK
 

@@ -329,7 +329,7 @@ class _AttentionBranch(torch.autograd.Function):
             given = attended if reads else None
             ctx.save_for_backward(flat, statistics, kept, given, lse, prompt_k, prompt_v, u, u_out, *beside, *factors)
             ctx.plan, ctx.packed, ctx.batch, ctx.tokens = plan, packed, batch, tokens
-        return y.view(batch, tokens, -1)
+        return y.view(batch, tokens, y.shape[1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -342,7 +342,7 @@ class _AttentionBranch(torch.autograd.Function):
         needs_x, needs_pk, needs_pv, _, _, *needs_factors = ctx.needs_input_grad
         needs, tensors = _parts(plan, needs_factors), _parts(plan, factors)
         *lows, bottleneck = _beside(plan, (plan.qkv, plan.out), tensors)
-        flat = dy.contiguous().view(rows, -1)
+        flat = dy.contiguous().view(rows, dy.shape[-1])
 
         tokens_too = needs_x or bool(needs.pairs[0]) or any(needs.trained[0])
         before = tokens_too or needs_pk or needs_pv
@@ -373,7 +373,7 @@ class _AttentionBranch(torch.autograd.Function):
             dnorm = None
             if normed:
                 dx, dnorm = _norm_backward(plan.qkv, dxhat, x, statistics, flat if plan.residual else None, needs_x)
-                dx = None if dx is None else dx.view(batch, tokens, -1)
+                dx = None if dx is None else dx.view(batch, tokens, dx.shape[1])
             first = _own_gradients(plan, 0, plan.qkv, tensors, needs, dqkv, x, rows, statistics, dnorm)
         return dx, dpk, dpv, None, None, *dfirst, *dsecond, *dadapter, *first, *last
 
@@ -459,7 +459,7 @@ class _MlpBranch(torch.autograd.Function):
             read = flat if reads else None
             ctx.save_for_backward(read, statistics, kept, given, u1, u2, *beside, *factors)
             ctx.plan, ctx.shape = plan, x.shape
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -471,7 +471,7 @@ class _MlpBranch(torch.autograd.Function):
         needs_x, _, *needs_factors = ctx.needs_input_grad
         needs, tensors = _parts(plan, needs_factors), _parts(plan, factors)
         *lows, bottleneck = _beside(plan, (plan.fc1, plan.fc2), tensors)
-        flat = dy.contiguous().view(rows, -1)
+        flat = dy.contiguous().view(rows, dy.shape[-1])
 
         before = needs_x or bool(needs.pairs[0]) or any(needs.trained[0])
         behind = before or bool(needs.pairs[1]) or any(needs.trained[1])

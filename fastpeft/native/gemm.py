@@ -17,8 +17,11 @@ from fastpeft.native.blocked import BLOCK, blocks
 from fastpeft.native.memory import arena
 
 ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "quick_gelu", "silu")
+# Of rows and of weights.
+DTYPES = (torch.bfloat16, torch.float32)
 _KEPT = {None: 0, torch.bfloat16: 1, torch.uint8: 2}
 _STORE, _RESIDUAL, _ACTIVATE, _SCALE = range(4)
+_OUT_OF_RANGE = 2  # csrc/cpu/common.h
 
 
 class Matrix(ctypes.Structure):
@@ -33,11 +36,19 @@ class Matrix(ctypes.Structure):
 
     @classmethod
     def of(cls, t: Tensor | None) -> Matrix:
-        """Of (rows, columns), of a blocked tensor, of None."""
+        """Of (rows, columns), of a blocked tensor, of None.
+
+        Raises:
+            ValueError: it is read in another format or order than that of the tensor.
+        """
         if t is None:
             return cls()
         if t.dim() == 4:
+            if t.dtype != torch.bfloat16:
+                raise ValueError(f"a blocked matrix must be in bfloat16, not {_form(t)}")
             return cls(t.data_ptr(), t.stride(0) // (BLOCK * BLOCK), 1, 0)
+        if t.dtype not in DTYPES or t.stride(1) != 1:
+            raise ValueError(f"a matrix must be in bfloat16 or float32 with rows in one piece, not {_form(t)}")
         return cls(t.data_ptr(), t.stride(0), 2 if t.dtype == torch.float32 else 0, 0)
 
 
@@ -89,6 +100,10 @@ class Weight:
     depth: int
 
 
+def _form(t: Tensor) -> str:
+    return f"{t.dtype} with strides {tuple(t.stride())}"
+
+
 def pack(w: Tensor, column_scale: Tensor | None = None, row_scale: Tensor | None = None) -> Weight:
     """Pack a right factor.
 
@@ -96,7 +111,12 @@ def pack(w: Tensor, column_scale: Tensor | None = None, row_scale: Tensor | None
         w: (columns, depth), fp32 or bf16, any strides; columns and depth are filled up to multiples of 32.
         column_scale: fp32 (depth,), multiplied into each row.
         row_scale: fp32 (columns,), multiplied into each column.
+
+    Raises:
+        ValueError: w is of another format.
     """
+    if w.dtype not in DTYPES:
+        raise ValueError(f"a weight must be in bfloat16 or float32, not {_form(w)}")
     columns, depth = w.shape
     data = arena.empty(blocks(columns), blocks(depth), 2, 16, 32, dtype=torch.bfloat16)
     check(
@@ -110,6 +130,8 @@ def pack(w: Tensor, column_scale: Tensor | None = None, row_scale: Tensor | None
 
 def check(status: int) -> None:
     """Raise what a native function returned."""
+    if status == _OUT_OF_RANGE:
+        raise IndexError("a length is not in the range that the keys allow")
     if status:
         raise MemoryError("the native CPU library could not get memory")
 

@@ -45,13 +45,13 @@ def linear(a: Tensor, x: Tensor | None, plan: Linear, factors: Sequence[Tensor |
 
     Args:
         a: (..., in), bf16.
-        x: (..., out), added; or None.
+        x: (..., out), bf16 or fp32, added; or None.
         plan: everything that is frozen.
         factors: A (r, in) and B (out, r) of every low-rank term, in the order of the plan's places; then the adapter's
             W_down, b_down or None, W_up, b_up or None.
 
     Returns:
-        (..., out), bf16.
+        (..., out), of x's dtype; bf16 without x.
     """
     return _Linear.apply(a, x, plan, *factors)
 
@@ -65,7 +65,8 @@ class _Linear(torch.autograd.Function):
         low = LowRank(plan.layer, terms, plan.places) if terms else None
         out = plan.layer.weight.shape[0] - plan.start
         other = None if x is None else x.reshape(rows, out).contiguous()
-        y = pool.empty(rows, out, dtype=torch.bfloat16)
+        # A residual stream in fp32 stays one: its sum is not rounded to the products' format.
+        y = pool.empty(rows, out, dtype=torch.bfloat16 if other is None else other.dtype)
         u, kept = None, (None, None, None)
         if adapter:
             f = blocked.empty(rows, out)

@@ -72,7 +72,8 @@ def weight_forward(
     """A weight for x W'^T, and W times a vector.
 
     Args:
-        w: (out, in), rows in one piece, bf16 or fp32; in a multiple of 32, out filled up to one with zeros.
+        w: (out, in), bf16 or fp32; in a multiple of 32, out filled up to one with zeros. Rows that are not in one piece
+            are copied.
         column_scale: fp32 (in,) or None.
         row_scale: fp32 (out,) or None.
         vector: fp32 (in,) or None.
@@ -80,7 +81,7 @@ def weight_forward(
     out, depth = w.shape
     data = pool.empty(blocks(out), depth // BLOCK, 2, 16, 32, dtype=torch.bfloat16)
     dots = None if vector is None else torch.empty(out)
-    _call(w, out, _COLUMNS_RIGHT, data, None, column_scale, None, row_scale, vector, dots)
+    _call(_in_rows(w), out, _COLUMNS_RIGHT, data, None, column_scale, None, row_scale, vector, dots)
     return Weight(data, blocks(out) * BLOCK, depth), dots
 
 
@@ -88,8 +89,13 @@ def weight_backward(w: Tensor, column_scale: Tensor | None, row_scale: Tensor | 
     """A weight for dy W'; arguments as of `weight_forward`."""
     out, depth = w.shape
     data = pool.empty(depth // BLOCK, blocks(out), 2, 16, 32, dtype=torch.bfloat16)
-    _call(w, out, _DEPTH_RIGHT, data, None, column_scale, None, row_scale)
+    _call(_in_rows(w), out, _DEPTH_RIGHT, data, None, column_scale, None, row_scale)
     return Weight(data, depth, blocks(out) * BLOCK)
+
+
+def _in_rows(w: Tensor) -> Tensor:
+    """The weight as it is now, each row in one piece."""
+    return w if w.stride(1) == 1 else w.contiguous()
 
 
 def column_sums(x: Tensor, rows: int, column_scale: Tensor | None = None) -> Tensor:

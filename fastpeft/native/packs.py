@@ -5,12 +5,12 @@ A pack folds the LayerNorm before the layer and the LayerScale behind it in:
     y = gamma * (W (weight * xhat + bias_norm) + b) = W' xhat + b',   W' = gamma W diag(weight)
 
 An in-place change shows in the tensors' versions and addresses. Edits through `.data` do not: `verify` looks at samples
-of the values, and `clear` forgets everything.
+of the values, and `clear` forgets everything. A library that edits weights so says what it has added (`folded`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -146,6 +146,7 @@ class Packs:
         biases: Sequence[Tensor | None],
         norm: tuple[Tensor | None, Tensor | None],
         gamma: Tensor | None,
+        folded: Hashable = (),
     ) -> Layer | Live:
         """The layer of this name, packed anew if any of its tensors is another one than before or was changed.
 
@@ -157,6 +158,7 @@ class Packs:
             biases: (out,) each, or None for all.
             norm: weight and bias of the LayerNorm before it, (in,) each or None.
             gamma: (out,), LayerScale behind it, or None.
+            folded: what has been added to the weights without a trace in them.
         """
         tensors = (*weights, *biases, *norm, gamma)
         if any(t is not None and t.requires_grad for t in tensors):
@@ -165,7 +167,7 @@ class Packs:
             rest = [[None if t is None else t.detach() for t in each] for each in (weights, biases)]
             trained = any(t is not None and t.requires_grad for t in norm)
             return Live(*rest, plain, None if gamma is None else gamma.detach(), trained)
-        key = tuple(None if t is None else (t.data_ptr(), t._version, t.dtype) for t in tensors)
+        key = (folded, *map(_state, tensors))
         found = self._layers.get(name)
         if found is not None and found[0] == key:
             return found[3]
@@ -190,6 +192,13 @@ class Packs:
     def bytes(self) -> int:
         """Memory of the packs."""
         return sum(layer.bytes for *_, layer in self._layers.values())
+
+
+def _state(t: Tensor | None) -> tuple | None:
+    """What tells a tensor from another one and, unless it was made in inference mode, from itself before a change."""
+    if t is None:
+        return None
+    return t.data_ptr(), None if t.is_inference() else t._version, t.dtype
 
 
 def _sample(sources: tuple[Tensor | None, ...]) -> Tensor:

@@ -92,6 +92,7 @@ class _AddLayerNorm(torch.autograd.Function):
         y, s, mean, rstd = module.forward(x, weight, bias, eps, branch=branch, gamma=gamma)
         ctx.save_for_backward(s, gamma, weight, mean, rstd)
         ctx.module, ctx.alone = module, branch is None
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
         if branch is None:
             # An input cannot be an output that autograd is to follow; the caller has it already.
@@ -122,5 +123,6 @@ class _AddLayerNorm(torch.autograd.Function):
             needs_branch=needs_branch,
             needs_bias=needs_bias,
             needs_weight=needs_weight,
+            bias_dtype=ctx.bias_dtype,
         )
         return dx, dbranch, None, dweight, dbias, None, None

@@ -18,6 +18,9 @@ from torch import Tensor
 from fastpeft.ops.autocast import suspended, without_autocast, working
 from fastpeft.ops.choose import choose, is_reference
 
+# The target that torch leaves out, which nobody has: -100 is as wrong as any other.
+_NOBODY = -(1 << 62)
+
 
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, backend: str = "auto"
@@ -36,7 +39,15 @@ def linear_cross_entropy(
 
     Raises:
         BackendError: the backend asked for cannot run.
+        IndexError: a target is not in [0, V). Nor is -100, torch's word for none: leave such rows out. On a GPU CUDA
+            says so.
+        ValueError: the targets are of another shape or dtype.
     """
+    if targets.dtype != torch.int64 or targets.shape != x.shape[:1]:
+        raise ValueError(
+            f"linear_cross_entropy needs an int64 target for each of {x.shape[0]} rows, got {targets.dtype} "
+            f"{tuple(targets.shape)}"
+        )
     if not is_reference("linear_cross_entropy", backend, x.device) and not torch.compiler.is_compiling():
         x, weight, bias = working(x, weight, bias)
         module = choose("linear_cross_entropy", backend, x.device, lambda module: module.reasons(x, weight))
@@ -50,7 +61,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -
     """The equation in plain PyTorch. Arguments as of `linear_cross_entropy`."""
     logits = F.linear(x, weight, bias)
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(wide, targets, reduction="none")
+    return F.cross_entropy(wide, targets, reduction="none", ignore_index=_NOBODY)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

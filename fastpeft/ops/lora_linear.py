@@ -80,8 +80,9 @@ def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[LowRa
         # A mask on x of its own for every term is another product, not an epilogue of this one.
         say_once("lora_linear runs on its reference where a term has dropout")
         return None
-    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-        say_once("lora_linear runs on its reference where the layer's own weight or bias is trained")
+    frozen = (weight, bias, *(term.bias for term in terms))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in frozen):
+        say_once("lora_linear runs on its reference where the layer's own weight or a bias is trained")
         return None
     x, weight, bias = working(x, weight, _bias(bias, terms, weight))
     factors = [t for term in terms for t in (term.a, term.b)]
@@ -94,7 +95,8 @@ def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[LowRa
     if module is None:
         return None
     with suspended(x.device):
-        return _LoraLinear.apply(rows, weight, bias, shape, module, *factors).view(*x.shape[:-1], -1)
+        y = _LoraLinear.apply(rows, weight, bias, shape, module, *factors)
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 def plain(terms: Sequence[LowRankTerm]) -> list[tuple[Tensor, Tensor, float, int, int]]:

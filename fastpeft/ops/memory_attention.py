@@ -73,7 +73,8 @@ def memory_attention(
     batch, heads, count, dim = q.shape
     width = memory.shape[-1]
     rows = q.permute(1, 0, 2, 3).reshape(heads, batch * count, dim)
-    asked = torch.bmm(rows, weight_k.view(heads, dim, width))
+    # The weights may be of another type than the states, fp32 where these come out of autocast.
+    asked = torch.bmm(rows, weight_k.to(q.dtype).view(heads, dim, width))
     for term in terms_k:
         b = term.b.to(q.dtype).view(heads, dim, -1)
         asked = asked + (torch.bmm(rows, b) * term.scale) @ term.a.to(q.dtype)
@@ -81,7 +82,7 @@ def memory_attention(
     seen = memory[:, None]
     found = prompt_attention(asked, seen, seen, attn_mask=attn_mask, scale=scale, lengths=lengths, backend=backend)
     found = found.view(batch, heads, count, width).transpose(0, 1).reshape(heads, batch * count, width)
-    y = torch.bmm(found, weight_v.view(heads, dim, width).transpose(1, 2))
+    y = torch.bmm(found, weight_v.to(found.dtype).view(heads, dim, width).transpose(1, 2))
     for term in terms_v:
         b = term.b.to(q.dtype).view(heads, dim, -1)
         y = y + torch.bmm(found @ term.a.to(q.dtype).t() * term.scale, b.transpose(1, 2))

@@ -61,7 +61,8 @@ def mlp(
             module = _PLAIN
         if module is not None:
             with suspended(x.device):
-                return _Mlp.apply(rows, *weights, activation, keep, module).view(*x.shape[:-1], -1)
+                y = _Mlp.apply(rows, *weights, activation, keep, module)
+            return y.view(*x.shape[:-1], y.shape[1])
     return reference(x, weight1, bias1, weight2, bias2, activation)
 
 

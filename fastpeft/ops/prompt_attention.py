@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastpeft.ops import registered
 from fastpeft.ops.autocast import suspended, without_autocast, working
-from fastpeft.ops.choose import BackendError, choose, is_reference
+from fastpeft.ops.choose import BackendError, choose, is_reference, transformed
 from fastpeft.ops.dropout_mask import keep_by_words
 from fastpeft.ops.recomputed_attention import Recomputed, recomputes
 
@@ -62,8 +62,8 @@ def prompt_attention(
         dropout: probability on the attention weights.
         words: where its mask comes from; torch's generator if None.
         prompt_index: (B,), which of the bank's prompts each sample sees.
-        lengths: int32 (B,) on the CPU, how many of its tokens each sample sees, at least 1; None for all. The same as a
-            mask, for less; not together with one.
+        lengths: int32 or int64 (B,) on the CPU, how many of its tokens each sample sees, 1 to N; None for all. The same
+            as a mask, for less; not together with one.
         backend: "auto" or one of `fastpeft.ops.choose.BACKENDS`.
 
     Returns:
@@ -71,13 +71,14 @@ def prompt_attention(
 
     Raises:
         BackendError: the backend asked for cannot run.
-        ValueError: a mask together with `causal` or with `lengths`.
+        ValueError: a mask together with `causal` or with `lengths`; lengths of another shape, dtype or range.
     """
     if causal and attn_mask is not None:
         raise ValueError("prompt_attention takes a mask or causal=True, not both")
     if lengths is not None:
         if attn_mask is not None or causal:
             raise ValueError("prompt_attention takes lengths, a mask or causal=True, not two of them")
+        lengths = _checked(lengths, q.shape[0], k.shape[-2])
         attn_mask = _mask_of(lengths, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if prompt_k is not None and prompt_k.shape[-2] == 0:
@@ -178,6 +179,20 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+
+
+def _checked(lengths: Tensor, batch: int, tokens: int) -> Tensor:
+    """The lengths as implementations read them, if they are lengths of these samples."""
+    if lengths.dtype not in (torch.int32, torch.int64) or lengths.shape != (batch,):
+        raise ValueError(
+            f"lengths must be int32 or int64 of shape {(batch,)}, got {lengths.dtype} of shape {tuple(lengths.shape)}"
+        )
+    # Looking is free on the CPU alone, and not while a graph is made.
+    if lengths.device.type == "cpu" and batch and not torch.compiler.is_compiling() and not transformed():
+        least, most = (int(value) for value in torch.aminmax(lengths))
+        if least < 1 or most > tokens:
+            raise ValueError(f"lengths must be 1 to {tokens}, the number of tokens, got {least} to {most}")
+    return lengths.to(torch.int32).contiguous()
 
 
 def _mask_of(lengths: Tensor, k: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastpeft.errors import FastPEFTError, MethodError
 from fastpeft.methods.base import from_dict
-from fastpeft.parameters import owners
+from fastpeft.parameters import hosts, owners
 from fastpeft.patch import patch, record_of, unpatch
 from fastpeft.saving import files, peft_format
 from fastpeft.saving.fingerprint import fingerprint
@@ -38,7 +38,8 @@ def save(model: nn.Module, folder: str | os.PathLike, **metadata: Any) -> None:
     if record.merged is not None:
         raise MethodError("the method was merged into the model; save an adapter before fastpeft.merge")
     tensors = trained_tensors(model)
-    base = [(name, t) for name, t in _all_tensors(model).items() if name not in tensors and name not in _aliases(model)]
+    twice = _aliases(model)
+    base = [(name, t) for name, t in _all_tensors(model).items() if name not in tensors and name not in twice]
     config: dict[str, Any] = {
         "fastpeft": {
             "format_version": _VERSION,
@@ -62,7 +63,8 @@ def load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     Folders written by `save` and LoRA folders written by Hugging Face peft are read.
 
     Args:
-        model: the base model, with a head of as many classes as the adapter's.
+        model: the base model, with a head like the adapter's: of as many classes and, if it is no linear layer, of the
+            same modules.
         folder: the saved adapter.
 
     Returns:
@@ -99,26 +101,35 @@ def load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
                 f"{folder} was trained on another base than this {type(model).__name__}: weights, architecture or "
                 "image size differ" + (f" (it names {config['base_model']!r})" if "base_model" in config else "")
             )
+    settings = {path: host.fastpeft_host for path, host in hosts(model)}
     patch(model, method, train_head=train_head)
     try:
         _restore(model, tensors, folder)
     except BaseException:
         unpatch(model, discard=True)
-        if record is not None:
-            patch(model, backend=record.backend)
+        if settings:
+            # What the engine could not run was left alone before, too.
+            patch(model, strict=False, backend=record.backend)
+            for path, host in hosts(model):
+                before = settings[path]
+                host.fastpeft_host.memory, host.fastpeft_host.backends = before.memory, before.backends
         raise
     return model
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What an adapter consists of: tensors of methods, the trained head, trained backbone weights; each tensor once."""
+    """What an adapter consists of: tensors of methods, the trained head, trained backbone weights; each tensor once.
+
+    Buffers of the head too, such as a BatchNorm's statistics, which move in training without being trained.
+    """
     owner = owners(model)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    taken = {name for name, p in model.named_parameters() if p.requires_grad}
+    taken |= {name for name, _ in model.named_buffers() if owner.get(name) == "head"}
     aliases = _aliases(model)
     return {
         name: tensor
         for name, tensor in _all_tensors(model).items()
-        if (name in trained or owner.get(name, "backbone") not in ("backbone", "head")) and name not in aliases
+        if (name in taken or owner.get(name, "backbone") not in ("backbone", "head")) and name not in aliases
     }
 
 

@@ -39,9 +39,16 @@ _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def fits(method: Method, model: nn.Module) -> bool:
-    """Whether the method is one that peft has, LoRA alone with a pair for every target, in one stack of blocks."""
-    plain = isinstance(method, LoRA) and method.heads == "joint" and method.stacks is None
-    return plain and len(find_hosts(model)) == 1
+    """Whether the method is one that peft has: LoRA alone with a pair for every target and nothing but these, in one
+    stack of blocks."""
+    if not isinstance(method, LoRA) or method.heads != "joint" or method.stacks is not None:
+        return False
+    found = find_hosts(model)
+    if len(found) != 1:
+        return False
+    _, host, family = found[0]
+    # A target may mean two projections, that of attention to a memory besides; the format has no word for the second.
+    return all(method.roles(block) == method.targets for _, block in family.describe(host).blocks)
 
 
 def _host(model: nn.Module) -> tuple[str, HostSpec]:
@@ -79,7 +86,7 @@ def to_peft(model: nn.Module, method: LoRA, tensors: dict[str, Tensor]) -> tuple
             name = f"{_ROOT}{prefix}{block}.{layer}"
             out[f"{name}.lora_A.weight"], out[f"{name}.lora_B.weight"] = a, b
             ranks[f"{prefix}{block}.{layer}"] = a.shape[0]
-    heads = sorted({name.rsplit(".", 1)[0] for name in tensors if ".lora." not in name})
+    heads = sorted({_saved_module(name, prefix, spec) for name in tensors if ".lora." not in name})
     for name, tensor in tensors.items():
         if ".lora." not in name:
             out[_ROOT + name] = tensor
@@ -102,6 +109,12 @@ def to_peft(model: nn.Module, method: LoRA, tensors: dict[str, Tensor]) -> tuple
         "alpha_pattern": {path: method.scale * own for path, own in patterns.items()},
     }
     return config, out
+
+
+def _saved_module(name: str, prefix: str, spec: HostSpec) -> str:
+    """The module that peft is to copy for a tensor: a head as a whole, of another module the one that holds it."""
+    heads = (f"{prefix}{head}" for head in spec.heads)
+    return next((head for head in heads if name.startswith(f"{head}.")), name.rsplit(".", 1)[0])
 
 
 def to_own_names(tensors: dict[str, Tensor], method: LoRA, model: nn.Module) -> dict[str, Tensor]:
@@ -165,9 +178,12 @@ def from_peft(
     for block, block_spec in spec.blocks:
         for role in targets:
             if (block, role) not in layers.values():
-                raise _refusal(f"{block}.{block_spec.roles[role].path} has no LoRA while other blocks have")
+                place = f"{block}.{block_spec.roles[role].path}" if role in block_spec.roles else f"{block}, {role},"
+                raise _refusal(f"{place} has no LoRA while other blocks have")
     rank, scale = _one_rank_and_scale(config, tensors, prefix, sorted(layers))
-    method = LoRA(rank, scale * rank, targets, config.get("lora_dropout", 0.0))
+    # Its targets are all that it has, attention to a memory included.
+    cross = not any(block.cross for _, block in spec.blocks)
+    method = LoRA(rank, scale * rank, targets, config.get("lora_dropout", 0.0), cross)
     return method, any(".lora." not in name for name in out), out
 
 

@@ -14,6 +14,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fastpeft
+from fastpeft.engine import branches
+from fastpeft.engine.post_norm import block_run
+from fastpeft.native import packs
 from tests.dropin.adapted import ALL, PREFIX, adapted, lora, randomise
 from tests.dropin.both import assert_same_state, assert_same_steps, pair, step
 from tests.tiny import images, vit
@@ -232,15 +235,57 @@ def test_edited_weights_are_seen():
 
 
 def test_a_method_on_top_of_an_adapter():
-    """peft's factors are part of the frozen backbone then, and come back as they were."""
+    """peft's factors are part of the frozen backbone then, and come back as they were. Its head is the head."""
     model = two()
     patched = fastpeft.patch(copy.deepcopy(model), fastpeft.VPT(4, dropout=0.0))
-    assert {name.split(".")[-1] for name, p in patched.named_parameters() if p.requires_grad} == {"prompts"}
+    trained = {name for name, p in patched.named_parameters() if p.requires_grad}
+    saved = f"{PREFIX}head.modules_to_save.default."
+    assert {name for name in trained if ".vpt." not in name} == {f"{saved}weight", f"{saved}bias"}
+    assert all(name.endswith(".vpt.prompts") for name in trained if not name.startswith(saved))
     with torch.no_grad():
         assert not torch.equal(patched.eval()(X), model.eval()(X))
     fastpeft.unpatch(patched, discard=True)
     assert_same_state(model, patched)
     assert_same_steps(model, patched, X)
+
+
+def test_a_head_of_which_peft_trains_nothing():
+    model = two().requires_grad_(False)
+    with pytest.raises(
+        fastpeft.MethodError, match=r"head is a peft\..*ModulesToSaveWrapper that trains nothing; .*train_head=False"
+    ):
+        fastpeft.patch(model, fastpeft.VPT(4))
+    assert not fastpeft.summary(model).fused
+    assert set(fastpeft.parameter_groups(fastpeft.patch(model, fastpeft.VPT(4), train_head=False))) == {"vpt"}
+
+
+def test_what_is_packed_follows_what_peft_merges(monkeypatch):
+    """peft edits `weight.data` in place. A copy of the weight stands here for what a backend packs of it."""
+    monkeypatch.setattr(packs, "_layer", lambda weights, *rest: weights[0].clone())
+    model = fastpeft.patch(two()).eval()
+    block = model.base_model.model.blocks[1]
+
+    def packed():
+        return branches.packer(block_run(block), packs)("qkv", branches.layers_of(block_run(block), ("qkv",)), None)
+
+    def weight():
+        return block.attn.qkv.get_parameter("base_layer.weight" if hasattr(block.attn.qkv, "base_layer") else "weight")
+
+    base = packed()
+    assert torch.equal(base, weight()) and packed() is base, "it is made once"
+    changes = (
+        model.merge_adapter,
+        model.unmerge_adapter,
+        lambda: model.merge_adapter(adapter_names=["other"]),
+        lambda: model.merge_adapter(adapter_names=["default"]),
+        model.unmerge_adapter,
+        model.merge_and_unload,
+    )
+    for change in changes:
+        before, place = weight().clone(), weight().data_ptr()
+        change()
+        assert weight().data_ptr() == place and not torch.equal(weight(), before)
+        assert torch.equal(packed(), weight())
 
 
 def test_names_in_the_summary():

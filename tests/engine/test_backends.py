@@ -10,6 +10,7 @@ import torch
 import fastpeft
 from fastpeft.ops import choose
 from fastpeft.ops.choose import BackendError, Chip
+from fastpeft.ops.lora_linear import LowRankTerm, lora_linear
 from tests.kernels.close import error
 from tests.thinned import paired, thinned
 from tests.tiny import METHODS, images, patched, vit
@@ -58,6 +59,21 @@ def test_a_step_on_the_kernels_is_the_references(method, variant, calls):
 def test_nothing_runs_on_a_kernel_unless_asked_for(calls):
     step(patched(METHODS["lora-all"]).train(), images())
     assert not calls["forward"] and not calls["backward"]
+
+
+def test_a_bias_of_factors_that_is_trained(calls):
+    """peft's lora_bias: its gradient is none of the kernel's."""
+    x, weight = torch.randn(5, 32), torch.randn(48, 32)
+    a, b, bias = (torch.randn(*shape, requires_grad=True) for shape in ((4, 32), (16, 4), (16,)))
+    found = {}
+    for backend in ("reference", "triton"):
+        (y,) = lora_linear(x, weight, None, [LowRankTerm(a, b, 0.5, 16, 32, None, bias)], [48], backend)
+        torch.manual_seed(0)
+        found[backend] = torch.autograd.grad((y * torch.randn_like(y)).sum(), (a, b, bias))
+    assert all(torch.equal(one, other) for one, other in zip(*found.values(), strict=True))
+    with torch.no_grad():
+        (y,) = lora_linear(x, weight, None, [LowRankTerm(a, b, 0.5, 16, 32, None, bias)], [48], "triton")
+    assert calls["forward"] == {"lora_linear"}, "without a gradient it is a bias like any other"
 
 
 def test_one_operator_alone_by_the_environment(calls, monkeypatch):

@@ -11,7 +11,7 @@ import fastpeft
 from bench.memory import saved_bytes
 from fastpeft import FastPEFTError
 from tests.kernels.close import error
-from tests.tiny import METHODS, images, patched, vit
+from tests.tiny import METHODS, images, patched, timm, vit
 
 
 def step(model, x):
@@ -61,6 +61,52 @@ def test_each_setting_keeps_less_than_the_one_before():
     # Two blocks of 17 tokens and the last one's class token, 8 images, 256 units: one byte each instead of two.
     assert fast - balanced == (2 * 17 + 1) * 8 * 256
     assert small < 0.5 * balanced
+
+
+WAYS = {
+    "a mask": lambda model, x: model(x, attn_mask=torch.ones(17, 17, dtype=torch.bool)),
+    "causal": lambda model, x: model.forward_features(x, is_causal=True),
+    "intermediates": lambda model, x: model.forward_intermediates(x)[0],
+    "intermediates with a mask": lambda model, x: model.forward_intermediates(x, is_causal=True, output_fmt="NLC")[0],
+    "a hook on the blocks": lambda model, x: model(x),
+}
+
+
+REACHED = [(way, method) for way in WAYS for method in ("linear", "vpt-deep", "lora-dropout")]
+# Prompts that are carried on take no mask.
+REACHED += [(way, "vpt-first-two") for way in ("intermediates", "a hook on the blocks")]
+
+
+@pytest.mark.parametrize("way, method", REACHED)
+def test_blocks_are_recomputed_whichever_way_they_are_reached(way, method):
+    found, seen = {}, []
+    for memory in ("fast", "small"):
+        model = patched(METHODS[method], embed_dim=64).train()
+        # Something in every block is trained, so that every block keeps something.
+        model.blocks.requires_grad_(True)
+        fastpeft.patch(model, memory=memory, backend="reference")
+        fastpeft.set_rng_state(model, seed=3, step=0)
+        if "hook" in way:
+            model.blocks.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+        size = saved_bytes(lambda model=model: WAYS[way](model, images(batch=8)), model)
+        fastpeft.set_rng_state(model, seed=3, step=0)
+        model.zero_grad()
+        WAYS[way](model, images(batch=8)).square().sum().backward()
+        found[memory] = size, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert found["small"][0] < 0.6 * found["fast"][0]
+    assert found["small"][1].keys() == found["fast"][1].keys()
+    for name, value in found["small"][1].items():
+        torch.testing.assert_close(value, found["fast"][1][name], rtol=1e-4, atol=1e-5, msg=name)
+    assert len(seen) == 4 * ("hook" in way), "the hook fires once a forward, and not when blocks are run again"
+
+
+def test_blocks_that_the_engine_leaves_alone_are_called_as_they_are():
+    model = vit()
+    model.blocks[1] = timm.models.vision_transformer.ParallelScalingBlock(32, 2)
+    twin = copy.deepcopy(model)
+    fastpeft.patch(model, strict=False, memory="small")
+    for way in WAYS.values():
+        torch.testing.assert_close(way(model, images()), way(twin, images()), rtol=1e-4, atol=1e-5)
 
 
 def test_full_precision_keeps_its_full_derivative():

@@ -17,7 +17,7 @@ from fastpeft.engine.extensions import Extension
 from fastpeft.models.mplug import MPlug
 from tests.methods.mplug_models import assert_same, close, outputs, step
 from tests.methods.test_mplug import assert_parity
-from tests.models.mplug.tiny import TINY, batch, make
+from tests.models.mplug.tiny import TINY, batch, beside_rows, make
 from tests.tiny import randomise
 
 ALL = ("image", "text", "fusion", "decoder")
@@ -195,6 +195,20 @@ def test_saved_loaded_and_taken_back(name, tmp_path):
     assert trained(model) == required
     if name != "full":
         assert_same(outputs(model, torch.float32), before, rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cross", [True, False])
+@pytest.mark.parametrize("targets", [("q", "v"), ("fc1", "o"), ("fc1",)])
+def test_cross_attention_is_saved_beside_a_tower_of_no_family(targets, cross, tmp_path):
+    model = randomise(fastpeft.patch(beside_rows(), fastpeft.LoRA(2, targets=targets, cross=cross)))
+    fastpeft.save(model, tmp_path)
+    # peft has one pair a layer that is named, and no word for the same role of another attention.
+    crosses = cross and targets != ("fc1",)
+    assert ("peft_type" in fastpeft.read_config(tmp_path)) != crosses
+    loaded = fastpeft.load(beside_rows(), tmp_path)
+    assert any(".cross_" in name for name in trained(loaded)) == crosses
+    assert_same(outputs(loaded, torch.float32), outputs(model, torch.float32), rtol=0, atol=0)
 
 
 @torch.no_grad()

@@ -72,6 +72,9 @@ FOLDED = {
     "prefix, keys and values by a network": fastpeft.PrefixTuning(3),
     "a network on some stacks, lora": fastpeft.PrefixTuning(2, form="hidden", stacks=("text", "decoder"))
     + fastpeft.LoRA(2, targets=("q", "k")),
+    "a network in the tower, lora": fastpeft.PrefixTuning(2, stacks="image") + fastpeft.LoRA(2, targets=("q", "k")),
+    "a network in the tower and elsewhere, lora": fastpeft.PrefixTuning(2, form="hidden", stacks=("image", "text"))
+    + fastpeft.LoRA(2, targets=("q", "k")),
 }
 
 

@@ -7,11 +7,41 @@ import torch
 
 import fastpeft
 from fastpeft import VPT, MethodError
-from tests.tiny import DIM, images, timm, vit
+from tests.tiny import DIM, images, patched, timm, vit
+from tests.twins import assert_same_step
 
 
 def prompts(model):
     return {i: b.vpt.prompts for i, b in enumerate(model.blocks) if "vpt" in b._modules}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("prompts", [{"deep": False}, {"depth": (1, 2)}, {"depth": (2, 2)}, {"depth": (2, 3)}], ids=str)
+@pytest.mark.parametrize("length", [4, 3])
+def test_other_rows_may_be_attached_before_prompts_that_are_carried_on(prompts, length, training):
+    prompts, rows = VPT(4, dropout=0.3, **prompts), fastpeft.PrefixTuning(length, form="hidden")
+    assert_same_step(rows + prompts, "class_token", training)
+    assert_same_step(prompts + rows, "class_token", training)
+
+
+def test_other_rows_beside_prompts_that_are_carried_on_in_intermediates():
+    rows, carried = fastpeft.PrefixTuning(4, form="hidden"), VPT(4, deep=False)
+    x = images(dtype=torch.float64)
+    one, other = (patched(method, dtype=torch.float64).eval() for method in (rows + carried, carried + rows))
+    other.load_state_dict(one.state_dict())
+    found, expected = one.forward_intermediates(x), other.forward_intermediates(x)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_rows_that_are_carried_on_must_be_there():
+    class Early(VPT):
+        name = ""
+
+        def attach(self, model):
+            model.carry(0, 2, self.length)
+
+    with pytest.raises(MethodError, match=r"blocks\.0 inserts no 4 prompt rows to carry on; attach them before"):
+        fastpeft.patch(vit(), Early(4))
 
 
 @pytest.mark.parametrize("name, bound", [("vit_base_patch16_224", 0.0625), ("vit_large_patch16_224", 0.0579)])

@@ -399,6 +399,33 @@ def test_what_each_setting_keeps():
     assert kept("fast", 200) - fast < 5 * 200 * 32 * 14 + 2 * 8 * (17 + 200) * 32 * 2
 
 
+@pytest.mark.parametrize("memory", ("fast", "balanced", "small"))
+@pytest.mark.parametrize("method", ("vpt-deep", "lora-all", "serial", "full"))
+def test_a_batch_of_nothing(method, memory, calls):
+    model = fastpeft.patch(vit(dtype=BF16), METHODS[method], memory=memory).train()
+    assert step(model, images().to(BF16)[:0])["logits"].shape == (0, 5)
+    assert calls == {"attention": 0, "mlp": 0}
+
+
+def test_weights_in_fp16_under_autocast(calls, caplog):
+    fastpeft.ops.choose.say_once.cache_clear()
+    model = vit()
+    for block_ in model.blocks:
+        block_.attn.half(), block_.mlp.half()
+    model = fastpeft.patch(model, METHODS["vpt-deep"])
+    with torch.autocast("cpu", BF16), caplog.at_level(logging.INFO, "fastpeft"):
+        model(images())
+    assert calls == {"attention": 0, "mlp": 0} and "some are float16" in caplog.text
+
+
+def test_a_model_made_in_inference_mode():
+    with torch.inference_mode():
+        model = fastpeft.patch(vit(dtype=BF16), METHODS["vpt-deep"]).eval()
+        twin = fastpeft.patch(copy.deepcopy(model), backend="reference")
+        x = images().to(BF16)
+        assert error(model(x), twin(x).double()) < 0.03
+
+
 def test_several_threads_at_once():
     models = [fastpeft.patch(vit(dtype=BF16, seed=i), METHODS["lora-all"]).train() for i in range(4)]
     x = images().to(BF16)

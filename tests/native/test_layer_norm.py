@@ -94,6 +94,16 @@ def test_parameters_in_fp32_of_bf16_rows(level):
     check(*draw((5, 11, 80), torch.bfloat16, parameters=torch.float32))
 
 
+@pytest.mark.parametrize("weights, biases", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_the_gradient_of_a_bias_is_not_rounded_like_the_weights(level, weights, biases):
+    x, weight, bias = torch.randn(9, 33).bfloat16(), torch.randn(33).to(weights), torch.randn(33).to(biases)
+    dy = torch.rand(9, 33).bfloat16()
+    _, y = add_layer_norm(x, None, None, weight.requires_grad_(), bias.requires_grad_(), EPS, "cpu")
+    y.backward(dy)
+    assert (weight.grad.dtype, bias.grad.dtype) == (weights, biases)
+    assert error(bias.grad, dy.double().sum(0)) < (1e-6 if biases == torch.float32 else 1e-2)
+
+
 def test_a_mean_far_from_zero(level):
     check(*draw((4, 8, 192), torch.float32, offset=100.0))
 

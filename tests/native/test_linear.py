@@ -36,7 +36,7 @@ def check(function, inputs, reference):
         grads = torch.autograd.grad(y, own, weight.to(y.dtype))
         results.append([y.detach(), *grads])
     for index, (value, plain, exact) in enumerate(zip(*results, strict=True)):
-        assert value.shape == exact.shape
+        assert value.shape == exact.shape and value.dtype == plain.dtype
         # Sums of products of bf16 numbers, whatever the factors' own type is.
         assert_close(f"result {index}", value.to(BF16), plain.to(BF16), exact)
 
@@ -46,13 +46,14 @@ def cast(t, like):
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("sum_too", [False, True])
+@pytest.mark.parametrize("sum_too", [None, BF16, torch.float32], ids=str)
 @pytest.mark.parametrize("terms", [0, 2])
 def test_linear(rows, sum_too, terms):
+    """Its sum is in the format of what is added, too."""
     w, b, packed = layer(D, OUT)
     places = [Place(0, 64, 1.0), Place(64, OUT, 0.5)][:terms]
     factors = [leaf(*s, scale=0.2, dtype=torch.float32) for p in places for s in ((RANK, D), (p.stop - p.start, RANK))]
-    given = [leaf(*rows, D)] + ([leaf(*rows, OUT)] if sum_too else [])
+    given = [leaf(*rows, D)] + ([leaf(*rows, OUT, dtype=sum_too)] if sum_too else [])
 
     def ours(a, *rest):
         x, rest = (rest[0], rest[1:]) if sum_too else (None, rest)
@@ -91,8 +92,9 @@ def adapter_factors(width: int):
 
 
 @pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("stream", [BF16, torch.float32])
 @pytest.mark.parametrize("terms", [0, 1])
-def test_linear_with_a_serial_adapter(rows, terms):
+def test_linear_with_a_serial_adapter(rows, terms, stream):
     w, b, packed = layer(D, OUT)
     places = (Place(0, OUT, 2.0),)[:terms]
     factors = [leaf(RANK, D, scale=0.2, dtype=torch.float32), leaf(OUT, RANK, scale=0.2, dtype=torch.float32)]
@@ -106,7 +108,7 @@ def test_linear_with_a_serial_adapter(rows, terms):
 
     check(
         lambda a, x, *rest: linear(a, x, plan, rest),
-        [leaf(*rows, D), leaf(*rows, OUT), *factors[: 2 * terms], *adapter_factors(OUT)],
+        [leaf(*rows, D), leaf(*rows, OUT, dtype=stream), *factors[: 2 * terms], *adapter_factors(OUT)],
         plain,
     )
 

@@ -32,6 +32,10 @@ def test_weights_are_packed_as_one_number_after_another(out, width, dtype):
         assert error(dots, w.double() @ vector.double()) < 1e-6
         backward = weight_backward(w, column_scale, row_scale)
         assert torch.equal(backward.data, pack(w.t(), row_scale, column_scale).data)
+        # Whichever way it lies.
+        other = w.t().contiguous().t()
+        assert torch.equal(weight_forward(other, column_scale, row_scale)[0].data, forward.data)
+        assert torch.equal(weight_backward(other, column_scale, row_scale).data, backward.data)
 
 
 @pytest.mark.parametrize("threads", (1, 2, 5))

@@ -82,6 +82,39 @@ def test_threads_give_equal_bits(level):
     assert all(map(torch.equal, *results))
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong", [-100, -1, 70, 1 << 40])
+def test_targets_outside_the_vocabulary(wrong, dtype, backend):
+    """By the reference and by an implementation, with and without a gradient; -100 is one of them."""
+    x, weight, bias, targets = draw(5, 70, dtype)
+    targets[3] = wrong
+    for needed in (True, False):
+        with pytest.raises(IndexError, match=f"Target {wrong} is out of bounds"):
+            linear_cross_entropy(x.requires_grad_(needed), weight, bias, targets, backend)
+
+
+def test_threads_see_targets_outside(level):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for place in range(7):
+            targets = torch.zeros(7, dtype=torch.int64)
+            targets[place] = 9
+            with pytest.raises(IndexError, match="Target 9 is"):
+                losses_(torch.randn(7, 9), targets, True)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_targets_of_other_types_and_shapes(backend):
+    x, weight, bias, targets = draw(5, 70, torch.float32)
+    for wrong in (targets.int(), targets.float(), targets[:4], targets[:, None], targets[0]):
+        with pytest.raises(ValueError, match="int64 target for each of 5 rows"):
+            linear_cross_entropy(x, weight, bias, wrong, backend)
+
+
 def test_no_rows():
     x = torch.randn(0, 8, requires_grad=True)
     losses = linear_cross_entropy(x, torch.randn(5, 8), None, torch.zeros(0, dtype=torch.int64))

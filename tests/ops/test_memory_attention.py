@@ -58,6 +58,16 @@ def test_a_mask_is_as_good_as_lengths():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("terms", [0, 1])
+def test_weights_in_fp32_of_states_in_bf16(terms):
+    """As autocast leaves them, to which no product here is told to cast."""
+    q, memory, weight_k, weight_v, bias, factors = draw(5, 33, terms, torch.bfloat16)
+    expected = run(memory_attention, (q, memory, weight_k, weight_v, bias), factors, terms)
+    wide = (q, memory, weight_k.float(), weight_v.float(), bias.float())
+    for value, wanted in zip(run(memory_attention, wide, factors, terms), expected, strict=True):
+        assert value.dtype == torch.bfloat16 and torch.equal(value, wanted)
+
+
 @needs_amx
 @pytest.mark.parametrize("lengths", [None, (7, 1, 33)])
 def test_in_bf16_it_is_as_exact_as_keys_and_values(lengths):
@@ -122,6 +132,33 @@ def test_lengths_are_a_mask(rows, prompts, dtype):
     # Keys that nobody sees have no gradient at all.
     assert not found[2][0, :, 1:].any() and not found[3][2, :, rows - 2 :].any()
     assert len(found) == 1 + len(inputs)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_lengths_of_64_bits_and_with_gaps(backend):
+    q, k = torch.randn(3, 1, 4, 32).bfloat16(), torch.randn(3, 1, 9, 32).bfloat16()
+    lengths = torch.tensor([1, 9, 4], dtype=torch.int32)
+    expected = prompt_attention(q, k, k, lengths=lengths, backend=backend)
+    for other in (lengths.long(), torch.stack((lengths, lengths + 1), 1)[:, 0]):
+        assert torch.equal(prompt_attention(q, k, k, lengths=other, backend=backend), expected)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "lengths, words",
+    [
+        (torch.tensor([1, 10, 4]), "1 to 9, the number of tokens, got 1 to 10"),
+        (torch.tensor([1, 0, 4]), "got 0 to 4"),
+        (torch.tensor([-(1 << 40), 2, 4]), "1 to 9"),
+        (torch.tensor([1, 2]), r"of shape \(3,\), got torch.int64 of shape \(2,\)"),
+        (torch.tensor([[1, 2, 3]]), "shape"),
+        (torch.tensor([1.0, 2.0, 3.0]), "int32 or int64"),
+    ],
+)
+def test_lengths_that_are_none(lengths, words, backend):
+    q, k = torch.randn(3, 1, 4, 32).bfloat16(), torch.randn(3, 1, 9, 32).bfloat16()
+    with pytest.raises(ValueError, match=words):
+        prompt_attention(q, k, k, lengths=lengths, backend=backend)
 
 
 def test_lengths_exclude_masks():

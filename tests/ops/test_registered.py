@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastpeft.ops import registered
+from fastpeft import _native
+from fastpeft.ops import choose, registered
 from fastpeft.ops.adapter import reference as plain_adapter
 from fastpeft.ops.dropout_mask import attention_words
 from fastpeft.ops.layer_norm import reference as plain_add_layer_norm
@@ -78,6 +79,41 @@ EACH = [pytest.param(name, case, id=f"{name}-{label}") for name, cases in CASES.
 @pytest.mark.parametrize("name, case", EACH)
 def test_opcheck(name, case):
     torch.library.opcheck(getattr(OPERATORS, name).default, (*case, "reference"))
+
+
+def mixed_cases(weights: torch.dtype, biases: torch.dtype):
+    """Forward and backward operators on activations in bf16."""
+
+    def half(*shape):
+        return torch.randn(*shape).bfloat16()
+
+    def weight(*shape):
+        return torch.randn(*shape).to(weights)
+
+    def bias(*shape):
+        return torch.randn(*shape).to(biases)
+
+    x, dy = half(2, 3, 8), half(2, 3, 8)
+    affine = (bias(8), weight(8), bias(8))
+    factors = (weight(4, 8), bias(4), weight(8, 4), bias(8))
+    yield "add_layer_norm", (x, half(2, 3, 8), *affine, 1e-6)
+    yield "add_layer_norm_backward", (dy, dy, x, *affine, torch.zeros(6), torch.ones(6), 1e-6, [True] * 4)
+    yield "adapter", (x, *factors, "gelu", 0.5, None)
+    yield "adapter_backward", (dy, x, *factors, "gelu", 0.5, [True] * 5)
+    terms = [weight(2, 8), bias(8, 2)], [0.5], [0], [8]
+    yield "lora_linear", (x, half(8, 8), None, *terms)
+    yield "lora_linear_backward", (dy, x, half(8, 8), half(6, 2), *terms, True, True)
+
+
+@pytest.mark.parametrize("biases", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_what_is_traced_has_the_types_of_what_is_run(backend, weights, biases):
+    for name, case in mixed_cases(weights, biases):
+        owner = (name.removesuffix("_backward").removeprefix("add_"), backend)
+        if backend == "reference" or (owner in choose._MODULES and _native.library() is not None):
+            operator = getattr(OPERATORS, name).default
+            torch.library.opcheck(operator, (*case, backend), test_utils=("test_schema", "test_faketensor"))
 
 
 PLAIN = {

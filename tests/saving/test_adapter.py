@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import fastpeft
 from fastpeft import FastPEFTError, MethodError
 from fastpeft.parameters import owners
+from tests.models.mplug.tiny import make as mplug
 from tests.tiny import METHODS, VARIANTS, fits, images, patched, vit
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -126,6 +127,31 @@ def test_a_frozen_head_is_not_written(tmp_path):
     assert set(load_file(tmp_path / WEIGHTS)) == {f"blocks.{i}.vpt.prompts" for i in range(3)}
     loaded = fastpeft.load(vit(), tmp_path)
     assert not loaded.head.weight.requires_grad
+
+
+def with_layers(seed=3):
+    """A model whose head is a BatchNorm and a linear layer."""
+    model = vit()
+    torch.manual_seed(seed)
+    model.head = torch.nn.Sequential(torch.nn.BatchNorm1d(32), torch.nn.Linear(32, 5))
+    return model
+
+
+@pytest.mark.parametrize("train_head", [True, False])
+@pytest.mark.parametrize("method", ["vpt-deep", "lora-q-v", "bitfit"])
+def test_a_head_of_several_modules(method, train_head, tmp_path):
+    model = fastpeft.patch(with_layers(), METHODS[method], train_head=train_head)
+    optimizer = torch.optim.SGD(fastpeft.trainable_parameters(model), lr=0.1)
+    model.train()(images()).square().sum().backward()
+    optimizer.step()
+    fastpeft.save(model, tmp_path)
+    # Another head to begin with, if the adapter brings one.
+    loaded = fastpeft.load(with_layers(seed=4 if train_head else 3), tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert torch.equal(loaded.eval()(images()), model.eval()(images()))
+    assert all(parameter.requires_grad == train_head for parameter in loaded.head.parameters())
+    refused(vit(), tmp_path, "another base")
 
 
 def test_shared_prompts_are_written_once_and_come_back_shared(tmp_path):
@@ -306,6 +332,30 @@ def test_a_config_that_does_not_fit(change, message, saved):
 def test_tensors_that_do_not_fit(change, message, saved):
     rewritten(saved, change_tensors=change)
     refused(vit(), saved, message)
+
+
+@pytest.mark.parametrize("memory", ["balanced", "small"])
+def test_a_patched_base_keeps_its_settings_when_loading_fails(memory, saved):
+    model = fastpeft.patch(vit(), backend="reference", memory=memory)
+    rewritten(saved, change_tensors=lambda t: t.pop("blocks.1.vpt.prompts"))
+    refused(model, saved, r"lacks blocks\.1\.vpt\.prompts")
+    assert model.fastpeft_host.memory == memory
+    assert set(model.fastpeft_host.backends.values()) == {"reference"}
+    assert len(fastpeft.summary(model).fused) == 3
+
+
+def test_what_the_engine_left_alone_stays_so_when_loading_fails(tmp_path):
+    def base():
+        model = mplug()
+        model.visual_encoder.blocks[1].forward = lambda x, **options: x
+        return fastpeft.patch(model, strict=False, memory="small")
+
+    fastpeft.save(fastpeft.patch(base(), fastpeft.PrefixTuning(2)), tmp_path)
+    rewritten(tmp_path, change_tensors=lambda t: t.pop("text_encoder.encoder.layer.1.prefix.k"))
+    model = base()
+    before = fastpeft.summary(model)
+    refused(model, tmp_path, r"lacks text_encoder\.encoder\.layer\.1\.prefix\.k")
+    assert fastpeft.summary(model) == before and model.fastpeft_host.memory == "small"
 
 
 @pytest.mark.parametrize("tied_when_saved", [True, False])

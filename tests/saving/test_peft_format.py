@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import fastpeft
 from tests.dropin.adapted import ALL, lora, randomise
 from tests.dropin.both import assert_same_state
+from tests.models.mplug.tiny import batch, beside_rows
 from tests.tiny import images, patched, vit
 
 # Metadata that fastpeft adds to the config is new to peft, which says so.
@@ -73,6 +74,21 @@ def test_more_layers_than_peft_lists_one_by_one(tmp_path):
     model = patched(method, depth=7)
     fastpeft.save(model, tmp_path)
     assert_same_outputs(model, PeftModel.from_pretrained(vit(depth=7), tmp_path))
+
+
+def test_a_head_of_several_modules(tmp_path):
+    def base(seed):
+        model = vit()
+        torch.manual_seed(seed)
+        model.head = torch.nn.Sequential(torch.nn.LayerNorm(32), torch.nn.Linear(32, 5))
+        return model
+
+    model = randomise(fastpeft.patch(base(1), fastpeft.LoRA(2)))
+    fastpeft.save(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["head"]
+    for seed in (2, 3):
+        assert_same_outputs(model, fastpeft.load(base(seed), tmp_path))
+        assert_same_outputs(model, PeftModel.from_pretrained(base(seed), tmp_path))
 
 
 @pytest.mark.parametrize("variant", ["distilled", "average_pool", "registers", "no_biases"])
@@ -178,6 +194,27 @@ def test_what_is_not_plain_lora_is_refused_by_name(tmp_path, kind):
     # And that way it runs.
     loaded = fastpeft.patch(PeftModel.from_pretrained(vit(), tmp_path))
     assert len(fastpeft.summary(loaded).fused) == 3
+
+
+@pytest.mark.parametrize(
+    "layers, message",
+    [
+        ("attention", None),
+        ("(attention|crossattention)", r"layer\.0, cross_q, has no LoRA while other blocks have"),
+    ],
+)
+def test_a_model_whose_blocks_attend_to_a_memory(layers, message, tmp_path):
+    config = lora(target_modules=rf".*\.{layers}\.self\.query")
+    randomise(get_peft_model(beside_rows(), config)).save_pretrained(tmp_path)
+    if message is not None:
+        with pytest.raises(fastpeft.FastPEFTError, match=message):
+            fastpeft.load(beside_rows(), tmp_path)
+        return
+    loaded, peft = fastpeft.load(beside_rows(), tmp_path), PeftModel.from_pretrained(beside_rows(), tmp_path)
+    given = batch()
+    found, expected = (model.encode_text(given.ids, given.mask).states for model in (loaded, peft.base_model.model))
+    torch.testing.assert_close(found, expected)
+    assert not torch.equal(found, beside_rows().encode_text(given.ids, given.mask).states)
 
 
 def edit(folder, change_config=lambda config: None, change_tensors=lambda tensors: None) -> None:

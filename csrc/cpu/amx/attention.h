@@ -179,6 +179,14 @@ FASTPEFT_INLINE Attention of_sample(const Attention& a, int64_t b) {
   return own;
 }
 
+// Whether every sample sees tokens that there are, and at least one key.
+FASTPEFT_INLINE bool lengths_fit(const Attention& a) {
+  if (a.lengths == nullptr) return true;
+  for (int64_t b = 0; b < a.batch; ++b)
+    if (a.lengths[b] < 0 || a.lengths[b] > a.tokens || a.lengths[b] + a.prompts < 1) return false;
+  return true;
+}
+
 // A part of a scratch memory.
 FASTPEFT_INLINE bf16* take(bf16*& memory, int64_t blocks) {
   bf16* mine = memory;

@@ -287,12 +287,13 @@ class Backward {
 FASTPEFT_EXPORT int32_t FASTPEFT_NAME(attention_backward)(const fastpeft::Attention* attention) {
   using namespace fastpeft;
   const Attention& a = *attention;
+  if (!lengths_fit(a)) return kOutOfRange;
   // Without sums over the batch every sample is a part of its own.
   const bool sums = a.prompt_k_sums != nullptr || a.prompt_v_sums != nullptr;
   const int64_t parts = sums ? a.parts : a.batch, groups = parts * a.heads;
-  const int64_t threads = smaller<int64_t>(a.threads, groups);
+  const int threads = team(a.threads, groups);
   bool enough = true;
-  parallel(static_cast<int>(threads), [&](int index) {
+  parallel(threads, [&](int index) {
     auto* memory = static_cast<bf16*>(scratch<BackwardTag>(Backward::blocks(a) * kBlockSize * 2));
     if (memory == nullptr) {
       __atomic_store_n(&enough, false, __ATOMIC_RELAXED);

@@ -167,9 +167,11 @@ class Forward {
 FASTPEFT_EXPORT int32_t FASTPEFT_NAME(attention_forward)(const fastpeft::Attention* attention) {
   using namespace fastpeft;
   const Attention& a = *attention;
-  const int64_t items = a.batch * a.heads, threads = smaller<int64_t>(a.threads, items);
+  if (!lengths_fit(a)) return kOutOfRange;
+  const int64_t items = a.batch * a.heads;
+  const int threads = team(a.threads, items);
   bool enough = true;
-  parallel(static_cast<int>(threads), [&](int index) {
+  parallel(threads, [&](int index) {
     auto* memory = static_cast<bf16*>(scratch<ForwardTag>(Forward::blocks(a) * kBlockSize * 2));
     if (memory == nullptr) {
       __atomic_store_n(&enough, false, __ATOMIC_RELAXED);

@@ -144,8 +144,9 @@ void backward(const BottleneckBackward& b, Range mine, bf16* row, Outer* down_ou
 FASTPEFT_EXPORT int32_t FASTPEFT_NAME(bottleneck_forward)(const fastpeft::BottleneckForward* forward) {
   using namespace fastpeft;
   const BottleneckForward& f = *forward;
-  const int64_t depth = ceil_div(f.rows, kBlock), threads = smaller<int64_t>(f.threads, depth);
-  parallel(static_cast<int>(threads), [&](int thread) {
+  const int64_t depth = ceil_div(f.rows, kBlock);
+  const int threads = team(f.threads, depth);
+  parallel(threads, [&](int thread) {
     const Tiles tiles;
     fastpeft::forward(f, part_of(depth, threads, thread));
   });
@@ -156,9 +157,10 @@ FASTPEFT_EXPORT int32_t FASTPEFT_NAME(bottleneck_backward)(const fastpeft::Bottl
   using namespace fastpeft;
   const BottleneckBackward& b = *backward;
   const int64_t width = b.width / kBlock, hidden = b.hidden / kBlock, depth = ceil_div(b.rows, kBlock);
-  const int64_t threads = smaller<int64_t>(b.threads, b.parts), bytes = Outer::bytes(hidden, width, kGroup);
+  const int threads = team(b.threads, b.parts);
+  const int64_t bytes = Outer::bytes(hidden, width, kGroup);
   bool enough = true;
-  parallel(static_cast<int>(threads), [&](int thread) {
+  parallel(threads, [&](int thread) {
     auto* row = static_cast<bf16*>(scratch<RowTag>(kBlock * b.width * 2));
     void* down = b.down_sums == nullptr ? nullptr : scratch<DownTag>(bytes);
     void* up = b.up_sums == nullptr ? nullptr : scratch<UpTag>(bytes);

@@ -53,9 +53,9 @@ FASTPEFT_EXPORT int32_t FASTPEFT_NAME(factors)(const fastpeft::Factors* factors)
   const int64_t fit = kSumBytes / (wide * kSums * 4), most = fit < 1 ? 1 : fit;
   const int64_t panels = ceil_div(columns, most), widest = ceil_div(columns, panels);
   const int64_t near = kGroupBytes / (widest * kBlockSize * 2), group = near < 1 ? 1 : near;
-  const int64_t threads = smaller<int64_t>(f.threads, f.parts);
+  const int threads = team(f.threads, f.parts);
   bool enough = true;
-  parallel(static_cast<int>(threads), [&](int thread) {
+  parallel(threads, [&](int thread) {
     void* memory = scratch<OuterTag>(Outer::bytes(wide, widest, group));
     if (memory == nullptr) {
       __atomic_store_n(&enough, false, __ATOMIC_RELAXED);

@@ -318,9 +318,9 @@ bool run(const Gemm& whole, int64_t index, int64_t threads) {
 FASTPEFT_EXPORT int32_t FASTPEFT_NAME(gemm)(const fastpeft::Gemm* gemm) {
   using namespace fastpeft;
   const int64_t parts = deals_panels(*gemm) ? gemm->columns / kBlock : ceil_div(gemm->rows, kBlock);
-  const int64_t threads = smaller<int64_t>(gemm->threads, parts);
+  const int threads = team(gemm->threads, parts);
   bool enough = true;
-  parallel(static_cast<int>(threads), [&](int index) {
+  parallel(threads, [&](int index) {
     if (!run(*gemm, index, threads)) __atomic_store_n(&enough, false, __ATOMIC_RELAXED);
   });
   return enough ? kOk : kNoMemory;

@@ -83,8 +83,8 @@ void run(const LayerNormBackward& c, Range mine, int64_t part) {
 
 FASTPEFT_EXPORT int32_t FASTPEFT_NAME(layer_norm_backward)(const fastpeft::LayerNormBackward* call) {
   using namespace fastpeft;
-  const int64_t threads = smaller<int64_t>(call->threads, call->parts);
-  parallel(static_cast<int>(threads), [&](int thread) {
+  const int threads = team(call->threads, call->parts);
+  parallel(threads, [&](int thread) {
     for (int64_t part = thread; part < call->parts; part += threads)
       run(*call, part_of(call->rows, call->parts, part), part);
   });

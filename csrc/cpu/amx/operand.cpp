@@ -122,9 +122,10 @@ FASTPEFT_EXPORT int32_t FASTPEFT_NAME(operand)(const fastpeft::Operand* operand)
   using namespace fastpeft;
   const Operand& o = *operand;
   const int64_t blocks = ceil_div(o.rows, kBlock);
-  parallel(static_cast<int>(smaller<int64_t>(o.threads, o.parts)), [&](int thread) {
+  const int threads = team(o.threads, o.parts);
+  parallel(threads, [&](int thread) {
     // Sums belong to a part, not to a thread: there may be fewer threads than were asked for.
-    for (int64_t part = thread; part < o.parts; part += smaller<int64_t>(o.threads, o.parts)) {
+    for (int64_t part = thread; part < o.parts; part += threads) {
       float* sums = o.sums == nullptr ? nullptr : o.sums + part * o.columns;
       if (sums != nullptr) std::memset(sums, 0, o.columns * sizeof(float));
       const Range mine = part_of(blocks, o.parts, part);

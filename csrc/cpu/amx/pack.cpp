@@ -46,8 +46,8 @@ FASTPEFT_EXPORT int32_t FASTPEFT_NAME(pack)(const void* data, int64_t columns, i
   using namespace fastpeft;
   const Source source = {data, row, column, column_scale, row_scale, wide != 0};
   const int64_t panels = ceil_div(columns, kBlock), steps = ceil_div(depth, kBlock);
-  const int64_t parts = smaller<int64_t>(threads, panels);
-  parallel(static_cast<int>(parts), [&](int index) {
+  const int parts = team(threads, panels);
+  parallel(parts, [&](int index) {
     const Range mine = part_of(panels, parts, index);
     for (int64_t p = mine.begin; p < mine.end; ++p)
       for (int64_t s = 0; s < steps; ++s) {

@@ -49,13 +49,21 @@ float row(T* values, int64_t columns, int64_t target, bool gradient) {
 }
 
 template <class T>
-void rows(const CrossEntropy& a) {
+int32_t rows(const CrossEntropy& a) {
   const int threads = team(a.threads, a.rows);
+  bool inside = true;
   parallel(threads, [&](int index) {
     const Range mine = part_of(a.rows, threads, index);
-    for (int64_t r = mine.begin; r < mine.end; ++r)
-      a.losses[r] = row(static_cast<T*>(a.values) + r * a.columns, a.columns, a.targets[r], a.gradient != 0);
+    for (int64_t r = mine.begin; r < mine.end; ++r) {
+      const int64_t target = a.targets[r];
+      if (target < 0 || target >= a.columns) {
+        __atomic_store_n(&inside, false, __ATOMIC_RELAXED);
+        return;
+      }
+      a.losses[r] = row(static_cast<T*>(a.values) + r * a.columns, a.columns, target, a.gradient != 0);
+    }
   });
+  return inside ? kOk : kOutOfRange;
 }
 
 }  // namespace
@@ -63,6 +71,5 @@ void rows(const CrossEntropy& a) {
 
 FASTPEFT_EXPORT int32_t FASTPEFT_NAME(cross_entropy)(const void* arguments) {
   const auto& a = *static_cast<const fastpeft::CrossEntropy*>(arguments);
-  a.half ? fastpeft::rows<fastpeft::bf16>(a) : fastpeft::rows<float>(a);
-  return fastpeft::kOk;
+  return a.half ? fastpeft::rows<fastpeft::bf16>(a) : fastpeft::rows<float>(a);
 }

@@ -36,10 +36,8 @@ FASTPEFT_INLINE Floats mask_of(const Dropout& d, int64_t sample, int64_t i) {
 template <class Work>
 FASTPEFT_INLINE void for_each_group(const Dropout& d, const Work& work) {
   const int64_t groups = ceil_div<int64_t>(d.size, kWidth);
-  parallel(static_cast<int>(smaller<int64_t>(d.threads, groups)), [&](int index) {
-    const Range mine = part_of(groups, smaller<int64_t>(d.threads, groups), index);
-    work(mine);
-  });
+  const int threads = team(d.threads, groups);
+  parallel(threads, [&](int index) { work(part_of(groups, threads, index)); });
 }
 
 template <class T>

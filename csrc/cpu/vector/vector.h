@@ -102,11 +102,6 @@ FASTPEFT_INLINE void over(int64_t count, const Body& body) {
 
 FASTPEFT_INLINE int64_t whole_vectors(int64_t count) { return ceil_div<int64_t>(count, kWidth) * kWidth; }
 
-// Threads worth starting for a number of pieces of work; one if there is nothing to do.
-FASTPEFT_INLINE int team(int64_t threads, int64_t pieces) {
-  return static_cast<int>(pieces < 1 || threads < 1 ? 1 : smaller(threads, pieces));
-}
-
 FASTPEFT_INLINE Ints lanes() {
   Ints found;
   for (int i = 0; i < kWidth; ++i) found[i] = i;

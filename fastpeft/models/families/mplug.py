@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastpeft.engine.adopt import Adopted, original_class
 from fastpeft.engine.block import lost_layer
-from fastpeft.engine.description import BlockSpec, HostSpec, Projection
+from fastpeft.engine.description import BlockSpec, HostSpec, Projection, child
 from fastpeft.engine.extensions import InputPrompts
 from fastpeft.engine.hooks import any_hooks, replaced, watched
 from fastpeft.engine.post_norm import run_post_norm
@@ -85,8 +85,11 @@ class MPlugHost(EngineHost):
         path = self.fastpeft_host.spec.inputs.get(stack)
         if path is None:
             return None
-        # By the modules that there are: the block may have been wrapped since.
-        return next((m for m in self.get_submodule(path).modules() if isinstance(m, InputPrompts)), None)
+        block = child(self, path)
+        state = block.__dict__.get("fastpeft_block")
+        # A block that was wrapped since is looked for among the modules that there are.
+        inside = block.modules() if state is None else (block._modules[name] for name in state.extensions)
+        return next((module for module in inside if isinstance(module, InputPrompts)), None)
 
 
 class MPlugFamily(Family):

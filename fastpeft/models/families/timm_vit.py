@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastpeft.engine.adopt import Adopted, original_class
 from fastpeft.engine.block import lost_layer, run_block
 from fastpeft.engine.description import BlockSpec, HostSpec, Projection
-from fastpeft.engine.hooks import any_hooks, draws, replaced, watched
+from fastpeft.engine.hooks import any_hooks, call_under_hooks, draws, has_hooks, replaced, watched
 from fastpeft.engine.stack import EngineHost, begin, call_block, run_blocks
 from fastpeft.errors import UnsupportedModelError
 from fastpeft.models.families import Family
@@ -62,12 +62,14 @@ class TimmVisionTransformer(EngineHost):
     def forward_intermediates(self, x: Tensor, *args, **kwargs):
         noise = begin(self)
         states = [block.fastpeft_block for block in self.blocks if isinstance(block, TimmBlock)]
-        if noise is None and not any(state.carry_out for state in states):
+        carries = any(state.carry_out for state in states)
+        if noise is None and not carries and self.fastpeft_host.memory != "small":
             return super().forward_intermediates(x, *args, **kwargs)
         # Prompt rows travel beside the tokens here: whoever asks for intermediates gets token rows. And a block that
-        # checkpointing runs again draws this forward's masks, whatever the clock shows by then.
+        # is run again in the backward pass draws this forward's masks, whatever the clock shows by then.
         view = copy.copy(self)
-        view.__dict__ = {**self.__dict__, "_modules": {**self._modules, "blocks": _Separated(self.blocks, noise)}}
+        blocks = _Separated(self.blocks, noise, None if self.grad_checkpointing else False, {} if carries else None)
+        view.__dict__ = {**self.__dict__, "_modules": {**self._modules, "blocks": blocks}}
         return original_class(self).forward_intermediates(view, x, *args, **kwargs)
 
     def _fastpeft_stem(self, x: Tensor) -> Tensor:
@@ -76,12 +78,18 @@ class TimmVisionTransformer(EngineHost):
     def _fastpeft_blocks(self, x, noise, attn_mask, is_causal: bool, rows: int | None, start: int = 0) -> Tensor:
         if attn_mask is not None or is_causal:
             for block in self.blocks[start:]:
-                x = block(x, **_mask(attn_mask, is_causal))
+                x = call_block(block, x, {"noise": noise}, False, _mask(attn_mask, is_causal))
             return x
         if start == 0 and not self.grad_checkpointing and watched(self.blocks):
+            if self.fastpeft_host.memory == "small" and has_hooks(self.blocks) and not replaced(self.blocks):
+                # The container's own forward runs every block once and keeps all that they keep.
+                return call_under_hooks(self.blocks, lambda x: self._fastpeft_each(x, noise, 0), x)
             return self.blocks(x)
         if len(self.fastpeft_host.spec.blocks) == len(self.blocks):
             return run_blocks(self, x, noise, rows, start, checkpointing=self.grad_checkpointing)
+        return self._fastpeft_each(x, noise, start)
+
+    def _fastpeft_each(self, x: Tensor, noise, start: int) -> Tensor:
         for block in self.blocks[start:]:
             x = call_block(block, x, {"noise": noise}, self.grad_checkpointing)
         return x
@@ -125,32 +133,35 @@ class TimmVisionTransformer(EngineHost):
 
 
 class _Separated:
-    """A host's blocks for one forward, each taking and giving token rows; the carried prompts wait here."""
+    """A host's blocks for one forward, each taking and giving token rows; the carried prompts wait here, if any are."""
 
-    def __init__(self, blocks, noise, carried: dict | None = None):
+    def __init__(self, blocks, noise, checkpointing: bool | None, carried: dict | None):
         self.blocks = blocks
-        self.noise = noise
-        self.carried = {} if carried is None else carried
+        self.noise, self.checkpointing, self.carried = noise, checkpointing, carried
 
     def __iter__(self):
-        return (_Step(index, block, self.noise, self.carried) for index, block in enumerate(self.blocks))
+        return (
+            _Step(index, block, self.noise, self.checkpointing, self.carried) for index, block in enumerate(self.blocks)
+        )
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def __getitem__(self, index: slice) -> _Separated:
-        return _Separated(self.blocks[index], self.noise, self.carried)
+        return _Separated(self.blocks[index], self.noise, self.checkpointing, self.carried)
 
 
 class _Step:
-    def __init__(self, index: int, block: nn.Module, noise, carried: dict):
-        self.index, self.block, self.noise, self.carried = index, block, noise, carried
+    def __init__(self, index: int, block: nn.Module, noise, checkpointing: bool | None, carried: dict | None):
+        self.index, self.block = index, block
+        self.noise, self.checkpointing, self.carried = noise, checkpointing, carried
 
     def __call__(self, x: Tensor, **kwargs) -> Tensor:
-        if self.block.fastpeft_block.carry_in:
+        if self.carried is not None and self.block.fastpeft_block.carry_in:
             x = torch.cat((x, self.carried[self.index]), dim=1)
-        x = self.block(x, **kwargs, noise=self.noise)
-        out = self.block.fastpeft_block.carry_out
+        # timm's own checkpointing leaves masked blocks out.
+        x = call_block(self.block, x, {"noise": self.noise}, False if kwargs else self.checkpointing, kwargs)
+        out = 0 if self.carried is None else self.block.fastpeft_block.carry_out
         if out:
             x, self.carried[self.index + 1] = x[:, :-out], x[:, -out:]
         return x

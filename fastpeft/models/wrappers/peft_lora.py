@@ -24,7 +24,7 @@ def register() -> None:
     """Let the engine look inside `peft.tuners.lora.layer.Linear`."""
     from peft.tuners.lora.layer import Linear
 
-    register_reader(Linear, read, explain)
+    register_reader(Linear, read, explain, folded)
 
 
 def wrapped(model: nn.Module) -> list[tuple[str, str]]:
@@ -78,6 +78,11 @@ def read(layer: nn.Module) -> tuple[nn.Linear, list[LowRankTerm]] | None:
         drop = _active(dropout, a.weight)
         terms.append(LowRankTerm(a.weight, b.weight, layer.scaling[name], 0, b.out_features, drop, b.bias))
     return layer.base_layer, terms
+
+
+def folded(layer: nn.Module) -> tuple[str, ...]:
+    """The adapters that are merged: peft adds them to `weight.data`, where nothing counts changes."""
+    return tuple(layer.merged_adapters)
 
 
 def _active(dropout: nn.Module, factor: Tensor) -> Callable[[Tensor], Tensor] | None:

@@ -64,6 +64,9 @@ def losses_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
 
     Returns:
         fp32 (R,).
+
+    Raises:
+        IndexError: a target is not in [0, V); the logits then hold anything.
     """
     found = torch.empty(logits.shape[0])
     targets = targets.contiguous()
@@ -72,5 +75,10 @@ def losses_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
         rows=rows, columns=columns, values=logits.data_ptr(), targets=targets.data_ptr(), losses=found.data_ptr(),
         gradient=gradient, threads=torch.get_num_threads(), half=logits.dtype == torch.bfloat16,
     )  # fmt: skip
-    call("cross_entropy", structure)
+    try:
+        call("cross_entropy", structure)
+    except IndexError:
+        wrong = targets[(targets < 0) | (targets >= columns)]
+        # In the reference's words.
+        raise IndexError(f"Target {int(wrong[0])} is out of bounds.") from None
     return found

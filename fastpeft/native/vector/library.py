@@ -13,6 +13,7 @@ from fastpeft import _native
 from fastpeft.native.memory import pool
 
 DTYPES = (torch.float32, torch.bfloat16)
+_OUT_OF_RANGE = 2  # csrc/cpu/common.h
 
 
 def level() -> str:
@@ -29,11 +30,15 @@ def call(name: str, arguments: ctypes.Structure) -> None:
     """Run a function on a structure.
 
     Raises:
+        IndexError: an index among the arguments is out of range; what was to be written holds anything.
         MemoryError: there is none left for its scratch.
     """
     found = level()
     # The matrix unit has functions of its own; these are then what goes with it.
-    if _function(name, "avx512" if found == "amx" else found)(ctypes.addressof(arguments)):
+    status = _function(name, "avx512" if found == "amx" else found)(ctypes.addressof(arguments))
+    if status == _OUT_OF_RANGE:
+        raise IndexError(f"{name} was given an index that is out of range")
+    if status:
         raise MemoryError(f"the native library found no memory for {name}")
 
 

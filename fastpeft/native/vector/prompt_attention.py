@@ -16,7 +16,7 @@ from torch import Tensor
 from fastpeft.native import attention as matrix_unit
 from fastpeft.native.memory import pool
 from fastpeft.native.vector import library
-from fastpeft.native.vector.library import call, pointer, side_by_side, type_reasons
+from fastpeft.native.vector.library import call, form, pointer, side_by_side, type_reasons
 
 # Takes the lengths of padded keys instead of a bias.
 LENGTHS = True
@@ -87,8 +87,10 @@ def reasons(
     if not scale > 0.0:
         found.append(f"the scale must be positive, not {scale}")
     found += _prompt_reasons(q, prompt_k, prompt_v, prompt_index)
-    if lengths is not None and not _on_matrix_unit(q, k, bias, causal, dropout):
-        found.append("lengths are for the matrix unit")
+    if lengths is not None:
+        found += _lengths_reasons(lengths, q.shape[0])
+        if not _on_matrix_unit(q, k, bias, causal, dropout):
+            found.append("lengths are for the matrix unit")
     length = 0 if prompt_k is None else prompt_k.shape[-2]
     if bias is not None:
         found += _bias_reasons(bias, (*q.shape[:3], k.shape[2]))
@@ -123,6 +125,12 @@ def _prompt_reasons(q: Tensor, k: Tensor | None, v: Tensor | None, index: Tensor
     if not (k.is_floating_point() and v.is_floating_point()):
         found.append(f"prompts must be of a floating-point dtype, not {k.dtype} and {v.dtype}")
     return found
+
+
+def _lengths_reasons(lengths: Tensor, batch: int) -> list[str]:
+    if lengths.dtype == torch.int32 and lengths.shape == (batch,) and lengths.is_contiguous() and lengths.is_cpu:
+        return []
+    return [f"lengths must be contiguous int32 ({batch},) on the CPU, not {form(lengths)}"]
 
 
 def _bias_reasons(bias: Tensor, shape: tuple[int, ...]) -> list[str]:
@@ -172,7 +180,7 @@ def forward(
         column_words: int32 (N + p,), random words of the keys, tokens first. A weight is kept as in
             fastpeft/ops/dropout_mask.py.
         prompt_index: integers (B,), 0 <= task < T.
-        lengths: int32 (B,), tokens of each sample that are seen, at least 1; only where the matrix unit serves.
+        lengths: int32 (B,), tokens of each sample that are seen, 1 to N; only where the matrix unit serves.
 
     Returns:
         (B, H, Nq, D), a view of a contiguous (B, Nq, H, D), and its log-sum-exp (B, H, Nq) in fp32, natural, -inf for

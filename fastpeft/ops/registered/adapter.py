@@ -74,8 +74,8 @@ def _adapter_backward(
             needs_x=needs[0],
             needs_weights=any(needs[1:]),
         )
-        return gathered([None if dx is None else dx.view(x.shape), *found], needs, dy)
-    return gathered(_reference_gradients(dy, x, *factors, activation, scale), needs, dy)
+        return gathered([None if dx is None else dx.view(x.shape), *found], (x, *factors), needs, dy)
+    return gathered(_reference_gradients(dy, x, *factors, activation, scale), (x, *factors), needs, dy)
 
 
 def _reference_gradients(dy, x, down_weight, down_bias, up_weight, up_bias, activation: str, scale: float):

@@ -13,13 +13,16 @@ def nothing(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
-def gathered(found: Sequence[Tensor | None], needs: Sequence[bool], like: Tensor) -> list[Tensor]:
-    """Gradients as an operator may return them: no None, no two that share memory."""
+def gathered(
+    found: Sequence[Tensor | None], inputs: Sequence[Tensor | None], needs: Sequence[bool], like: Tensor
+) -> list[Tensor]:
+    """Gradients as an operator may return them: no None, no two that share memory, each of its input's dtype."""
     seen, out = set(), []
-    for gradient, need in zip(found, needs, strict=True):
+    for gradient, own, need in zip(found, inputs, needs, strict=True):
         if not need or gradient is None:
             out.append(nothing(like))
             continue
+        gradient = gradient.to(own.dtype)
         out.append(gradient.clone() if gradient.untyped_storage().data_ptr() in seen else gradient)
         seen.add(gradient.untyped_storage().data_ptr())
     return out

@@ -31,7 +31,7 @@ def _add_layer_norm(
     if module is not None:
         y, s, mean, rstd = module.forward(x, weight, bias, eps, branch=branch, gamma=gamma)
     else:
-        s, y = operator.reference(x, branch, gamma, weight, bias, eps)
+        s, y = (t.to(x.dtype) for t in operator.reference(x, branch, gamma, weight, bias, eps))
         mean, rstd = (x.new_zeros(rows, dtype=torch.float32) for _ in range(2))
     return (nothing(x) if branch is None else s), y, mean, rstd
 
@@ -74,9 +74,12 @@ def _add_layer_norm_backward(
             needs_branch=needs_branch,
             needs_bias=needs_bias,
             needs_weight=needs_weight,
+            bias_dtype=None if bias is None else bias.dtype,
         )
-        return gathered((dx, dbranch, dweight, dbias), needs, dy)
-    return gathered(_reference_gradients(dy, ds, s, gamma, weight, eps), needs, dy)
+        found = dx, dbranch, dweight, dbias
+    else:
+        found = _reference_gradients(dy, ds, s, gamma, weight, eps)
+    return gathered(found, (s, s, weight, bias), needs, dy)
 
 
 def _reference_gradients(dy, ds, s, gamma, weight, eps: float):

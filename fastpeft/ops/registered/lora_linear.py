@@ -32,7 +32,7 @@ def _lora_linear(
     )
     if module is not None:
         y, h = module.forward(rows, weight, bias, operator.plain(terms))
-        return y.view(*x.shape[:-1], -1), h
+        return y.view(*x.shape[:-1], y.shape[1]), h
     y = operator.reference(x, weight, bias, terms, [weight.shape[0]])[0]
     return y, x.new_zeros(rows.shape[0], sum(a.shape[0] for a in factors[::2]))
 
@@ -71,8 +71,8 @@ def _lora_linear_backward(
             dy.flatten(0, -2), rows, weight, operator.plain(terms), h, needs_x=needs_x, needs_factors=needs_factors
         )
         flat = [None] * len(factors) if pairs is None else [gradient for pair in pairs for gradient in pair]
-        return gathered([None if dx is None else dx.view(x.shape), *flat], needs, dy)
-    return gathered(_reference_gradients(dy, x, weight, terms), needs, dy)
+        return gathered([None if dx is None else dx.view(x.shape), *flat], [x, *factors], needs, dy)
+    return gathered(_reference_gradients(dy, x, weight, terms), [x, *factors], needs, dy)
 
 
 def _reference_gradients(dy, x, weight, terms):

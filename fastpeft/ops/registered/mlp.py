@@ -30,7 +30,7 @@ def _mlp(
         a, kept = module.forward(rows, weight1, bias1, activation, keep=keep)
     else:
         a, kept = operator.hidden(rows, weight1, bias1, activation, keep)
-    y = F.linear(a, weight2, bias2).view(*x.shape[:-1], -1)
+    y = F.linear(a, weight2, bias2).view(*x.shape[:-1], weight2.shape[0])
     return y, (nothing(x) if kept is None else kept)
 
 
@@ -67,7 +67,7 @@ def _mlp_backward(
         dz = module.backward_input(rows, weight2, kept, activation, keep=keep)
     else:
         dz = operator.hidden_gradient(rows, weight2, kept, activation, keep)
-    return (dz @ weight1).view(*dy.shape[:-1], -1)
+    return (dz @ weight1).view(*dy.shape[:-1], weight1.shape[1])
 
 
 @_mlp_backward.register_fake

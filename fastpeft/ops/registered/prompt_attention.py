@@ -78,9 +78,9 @@ def prompt_attention_backward(
     if module is not None:
         saved = (q, k, v, prompt_k, prompt_v, out, lse)
         found = module.backward(dout, *saved, **options.keywords(), needs=tuple(needs))
-        return [g.contiguous() for g in gathered(found, needs, dout)]
-    found = _reference_gradients(dout, q, k, v, prompt_k, prompt_v, options)
-    return [g.contiguous() for g in gathered(found, needs, dout)]
+    else:
+        found = _reference_gradients(dout, q, k, v, prompt_k, prompt_v, options)
+    return [g.contiguous() for g in gathered(found, (q, k, v, prompt_k, prompt_v), needs, dout)]
 
 
 def _reference_gradients(dout, q, k, v, prompt_k, prompt_v, options):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastpeft.models.mplug import MPlug, MPlugConfig
 
@@ -39,6 +39,25 @@ def make(seed: int = 0, **changes) -> MPlug:
             if not name.startswith("visual_encoder"):
                 parameter.add_(0.15 * torch.randn_like(parameter))
     return model
+
+
+class Rows(nn.Module):
+    """An image tower that no family knows."""
+
+    embed_dim = TINY.image_width
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(3 * 16 * 16, self.embed_dim)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.project(nn.functional.unfold(x, 16, stride=16).transpose(1, 2))
+
+
+def beside_rows(seed: int = 0) -> MPlug:
+    """With that tower, in evaluation mode."""
+    torch.manual_seed(seed)
+    return MPlug(TINY, Rows()).eval()
 
 
 class Batch(NamedTuple):
