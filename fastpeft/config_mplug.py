@@ -192,6 +192,7 @@ class MPlugTrainConfig(Optimisation):
         cache_images: `auto` computes the image tower's tokens once where the tower is frozen and images are the same in
             every epoch; `off` runs it every step.
         cache_gib: Memory for those tokens; splits that do not fit are encoded as they are read.
+        checkpoint_every: In steps where `steps` is given; by default then at every evaluation, and ten times besides.
     """
 
     batch_size: int = Field(default=256, gt=0)
@@ -219,7 +220,7 @@ class MPlugTrainConfig(Optimisation):
         if self.steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(f"train.warmup_steps ({self.warmup_steps}) must be below train.steps ({self.steps})")
         if self.steps is not None and self.checkpoint_every.strip().endswith(("epoch", "epochs")):
-            # Stated only where it was given: the default goes with an evaluation.
+            # Stated only where it was given: the default goes with an evaluation, and a tenth of the run.
             if "checkpoint_every" in self.model_fields_set:
                 raise ValueError(f"with train.steps give checkpoint_every in steps, got '{self.checkpoint_every}'")
         return self

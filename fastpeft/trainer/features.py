@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed
@@ -31,6 +31,10 @@ class Features(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         return self.features[index], self.labels[index]
+
+    def rows(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features and labels of a batch in one go."""
+        return self.features[list(indices)], torch.tensor([self.labels[index] for index in indices], dtype=torch.long)
 
 
 @torch.no_grad()
@@ -102,7 +106,7 @@ def _encode(prefix, images, ranks: Ranks, dtype: torch.dtype, workers: int, repo
             features[done : done + len(batch) * ranks.world : ranks.world] = encoded
             done += len(batch) * ranks.world
             advance(len(batch) * ranks.world)
-    return _combine(features, ranks) if ranks.world > 1 else features
+    return combined(features, len(images), ranks) if ranks.world > 1 else features
 
 
 def preload(images: Dataset, report: Reporter, name: str) -> None:
@@ -111,8 +115,21 @@ def preload(images: Dataset, report: Reporter, name: str) -> None:
         images.preload(lambda done, total: advance(1))
 
 
-def _combine(features: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """Add up the ranks' shares, each zero where it has no image: exact as bytes, in any format."""
-    whole = features.contiguous().view(torch.uint8).to(ranks.device)
-    torch.distributed.all_reduce(whole)
-    return whole.cpu().view(features.dtype).view(features.shape)
+def combined(share: torch.Tensor | None, count: int, ranks: Ranks) -> torch.Tensor:
+    """Add up the ranks' shares, each zero where it has no image: exact as bytes, in any format.
+
+    Args:
+        share: (count, ...) on the CPU; None of a rank that had no image at all.
+        count: Images of the split.
+        ranks: Where this process stands.
+    """
+    shapes: list[tuple | None] = [None] * ranks.world
+    torch.distributed.all_gather_object(shapes, None if share is None else (tuple(share.shape), share.dtype))
+    shape, dtype = next(entry for entry in shapes if entry is not None)
+    whole = torch.zeros(shape, dtype=dtype) if share is None else share
+    # In parts: on a GPU the sum goes through its memory.
+    for first in range(0, count, 1024):
+        part = whole[first : first + 1024].contiguous().view(torch.uint8).to(ranks.device)
+        torch.distributed.all_reduce(part)
+        whole[first : first + 1024] = part.cpu().view(dtype).view(-1, *shape[1:])
+    return whole

@@ -29,9 +29,10 @@ class StepGraph:
     """Whole training steps, forward to optimizer, of one batch shape.
 
     The first steps run as usual, which makes the optimizer's state, compiles kernels and lets libraries allocate what
-    they keep; then one is recorded.
+    they keep; then one of the full size is recorded.
     """
 
+    # Of two steps in a row one is of the full size, so the largest batch among these is.
     EAGER_STEPS = 3
 
     def __init__(
@@ -51,7 +52,7 @@ class StepGraph:
         """
         self._compute, self._optimizer, self._clock, self._capture = compute, optimizer, clock, capture
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._eager = 0
+        self._eager = self._largest = 0
         self._replay: Callable[[], None] | None = None
         self._inputs: Tensor | None = None
         self._labels: Tensor | None = None
@@ -61,7 +62,8 @@ class StepGraph:
     def __call__(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Take a step; returns the sum of the batch's losses, which the next step may overwrite."""
         if self._replay is None:
-            if self._eager < self.EAGER_STEPS:
+            self._largest = max(self._largest, len(inputs))
+            if self._eager < self.EAGER_STEPS or len(inputs) < self._largest:
                 self._eager += 1
                 return self._run(inputs, labels)
             self._record(inputs, labels)

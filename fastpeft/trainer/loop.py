@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from dataclasses import asdict, dataclass, field
@@ -84,27 +85,37 @@ class Loop:
                 raise ConfigError(f"train.cuda_graph: records steps on one GPU, and this run is on {where}")
             self.graph = StepGraph(self._forward_and_backward, stepper.optimizer, clock_of(work.model))
         self._interval, self._unit = parse_interval(self.train.checkpoint_every)
+        # Steps between two checkpoints, or None. A run by steps is one long part where only its end is evaluated.
+        self._every = self._interval if self._unit == "step" else None
+        if self._every is None and work.part == "part":
+            self._every = max(1, sum(work.deal.steps_of(part) for part in range(work.epochs)) // 10)
+        # The step of the newest checkpoint, if nothing has changed since.
+        self._kept: int | None = None
         self._session_start = started
         self._train_seconds_before = 0.0
         self._other_seconds_before = 0.0
 
     def resume(self) -> bool:
         """Continue from the newest whole checkpoint; False if there is none. Collective."""
+        # The first rank alone chooses, and removes what is damaged: ranks that went on from different steps would not
+        # notice.
         found = checkpoint.load_latest(self.folder.checkpoints, self.report.warn) if self.ranks.first else None
-        barrier(self.ranks)
-        if not self.ranks.first:
-            # The first rank has removed what was damaged.
-            found = checkpoint.load_latest(self.folder.checkpoints, self.report.warn)
-        if found is None:
+        state = None if found is None else found[1]
+        if self.ranks.world > 1:
+            chosen = [state]
+            torch.distributed.broadcast_object_list(chosen)
+            state = chosen[0]
+        if state is None:
             return False
-        tensors, state = found
         fields = Position.__dataclass_fields__.keys()
         if state["position"].keys() != fields:
             raise FastPEFTError(
                 f"{self.folder.checkpoints} was written by another version of fastpeft: its position has "
                 f"{', '.join(sorted(state['position'].keys() ^ fields))} where this one differs; --fresh starts over"
             )
+        tensors = self._tensors_of(state) if found is None else found[0]
         self.position = Position(**state["position"])
+        self._kept = self.position.global_step
         self._train_seconds_before = self.position.train_seconds
         self._other_seconds_before = self.position.other_seconds
         self.stepper.load(tensors, state["steps_taken"])
@@ -122,7 +133,30 @@ class Loop:
                 f"begun at ZeRO stage {state['zero']}, continued at {self.train.zero}: "
                 "sums are rounded in another order"
             )
+        if state.get("precision", self._precision) != self._precision:
+            self.report.warn(
+                f"begun in {state['precision']}, continued in {self._precision}, which this machine is better at: "
+                "products are rounded differently"
+            )
         return True
+
+    def _tensors_of(self, state: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The tensors of the checkpoint that the first rank goes on from, as another rank reads them."""
+        path = checkpoint.path_of(self.folder.checkpoints, state["position"]["global_step"])
+        why = f"the first rank goes on from {path}, and all ranks have to see that"
+        try:
+            tensors, own = checkpoint.load(path)
+        except checkpoint.CheckpointError as error:
+            raise checkpoint.CheckpointError(f"{why}: {error}") from None
+        # As text: a score that is not a number does not equal itself.
+        if json.dumps(own, sort_keys=True) != json.dumps(state, sort_keys=True):
+            raise checkpoint.CheckpointError(f"{why}: here it is one of another run")
+        return tensors
+
+    @property
+    def _precision(self) -> str:
+        """The working format's name."""
+        return next(name for name, dtype in precision.DTYPES.items() if dtype == self.work.dtype)
 
     def save(self) -> None:
         """Write a checkpoint of the current position; collective."""
@@ -144,9 +178,11 @@ class Loop:
                 "rng": fastpeft.get_rng_state(self.work.model),
                 "world": self.ranks.world,
                 "zero": self.train.zero,
+                "precision": self._precision,
                 "saved_mb": self.saved_mb,
             }
             checkpoint.save(self.folder.checkpoints, position.global_step, tensors, state)
+        self._kept = self.position.global_step
         barrier(self.ranks)
 
     def total_seconds(self) -> float:
@@ -172,11 +208,15 @@ class Loop:
                 while position.step < deal.steps_of(position.epoch):
                     self._step(batches, logs)
                     advance(1)
-                    if self._unit == "step" and position.global_step % self._interval == 0:
+                    if self._every is not None and position.global_step % self._every == 0:
                         self.save()
+                ended = position.epoch + 1
+                saved = ended == work.epochs or (self._unit == "epoch" and ended % self._interval == 0)
+                if saved and work.due(ended) and self._kept != position.global_step:
+                    # An evaluation may take longer than what it is of. A run that goes on from here begins with it.
+                    self.save()
                 self._end_epoch(logs)
-                last = position.epoch == work.epochs
-                if last or (self._unit == "epoch" and position.epoch % self._interval == 0):
+                if saved:
                     self.save()
 
     def _step(self, batches, logs: Logs) -> None:

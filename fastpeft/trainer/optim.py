@@ -11,6 +11,9 @@ from torch import nn
 
 from fastpeft.config import ConfigError, Optimisation, TrainConfig
 
+# The last layer's bias where that predicts words, as BERT and mPLUG call it.
+_VOCABULARY_BIAS = "cls.predictions.bias"
+
 Groups = dict[str, list[tuple[str, nn.Parameter]]]
 
 
@@ -37,8 +40,8 @@ def base_rates(groups: Groups, train: Optimisation) -> dict[str, float]:
 def build_optimizer(groups: Groups, num_classes: int, train: Optimisation) -> torch.optim.Optimizer:
     """SGD or AdamW over the groups; each torch group remembers its full rate as `base_lr`.
 
-    On a GPU torch's fused ones, and with `train.cuda_graph` such that a recorded step finds rates and step counts in
-    tensors.
+    Torch's fused ones, which read and write each number once; with `train.cuda_graph` such that a recorded step finds
+    rates and step counts in tensors.
     """
     rates = base_rates(groups, train)
     torch_groups = []
@@ -52,7 +55,7 @@ def build_optimizer(groups: Groups, num_classes: int, train: Optimisation) -> to
                     {"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay, "name": name}
                 )
     devices = {parameter.device for group in torch_groups for parameter in group["params"]}
-    options = {"fused": True} if all(device.type == "cuda" for device in devices) else {}
+    options = {"fused": True} if all(device.type in ("cuda", "cpu") for device in devices) else {}
     if train.cuda_graph:
         for group in torch_groups:
             group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=next(iter(devices)))
@@ -67,7 +70,8 @@ def _decays(name: str, parameter: nn.Parameter, num_classes: int, train: Optimis
     """The protocols' rule: SGD spares the last layer's bias, AdamW every bias."""
     if train.optimizer == "adamw":
         return "bias" not in name and (parameter.ndim > 1 or not train.spares_vectors)
-    return not (name.startswith("head") and name.endswith("bias") and parameter.shape == (num_classes,))
+    classifier = name.startswith("head") and name.endswith("bias") and parameter.shape == (num_classes,)
+    return not (classifier or name.endswith(_VOCABULARY_BIAS))
 
 
 def rate_factor(train: TrainConfig, epoch: int, step: int, steps: int) -> float:

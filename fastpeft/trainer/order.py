@@ -166,7 +166,14 @@ def collate(samples: list) -> tuple[torch.Tensor, torch.Tensor] | FastPEFTError:
 def training_batches(
     dataset: Dataset, parts: Iterator[Part], workers: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """Load the micro-batches in order: images, labels, and how many of them count."""
+    """Load the micro-batches in order: images, labels, and how many of them count.
+
+    A dataset with `rows` is in memory, and gives a batch in one go, without loader.
+    """
+    if hasattr(dataset, "rows"):
+        for part in parts:
+            yield *dataset.rows([index for _, index in part.keys]), part.counted
+        return
     for batch, counted in dealt_batches(dataset, parts, workers, collate):
         yield *batch, counted
 
@@ -198,10 +205,16 @@ def dealt_batches(
 def evaluation_batches(
     dataset: Dataset, batch_size: int, rank: int, world: int, workers: int, collate: Callable[[list], Any] = collate
 ) -> Iterator[Any]:
-    """Every `world`-th image of a split, starting at `rank`: all ranks together see each image once."""
-    keys = [(0, index) for index in range(rank, len(dataset), world)]
-    batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
-    for batch in _loader(dataset, batches, workers, collate):
+    """Every `world`-th image of a split, starting at `rank`: all ranks together see each image once.
+
+    A dataset with `rows` is in memory, as for `training_batches`.
+    """
+    indices = range(rank, len(dataset), world)
+    batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    if hasattr(dataset, "rows"):
+        yield from map(dataset.rows, batches)
+        return
+    for batch in _loader(dataset, [[(0, index) for index in batch] for batch in batches], workers, collate):
         yield _whole(batch)
 
 

@@ -50,6 +50,8 @@ def run(
                 folder.take()
                 if fresh:
                     folder.clear()
+                # Before the claim, which asks whether there is a checkpoint.
+                checkpoint.recover(folder.checkpoints)
                 folder.claim(config)
         finished = folder.finished() if not fresh else None
         if finished is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -116,7 +117,8 @@ class Work(ABC):
         self._trained.train()
 
     def eval_mode(self) -> None:
-        """Turn it off."""
+        """Turn it off, and score what would be saved: running statistics of all ranks; collective."""
+        self._average_statistics()
         self.model.eval()
         self._trained.eval()
 
@@ -133,10 +135,33 @@ class Work(ABC):
         return []
 
     def buffers(self) -> dict[str, Tensor]:
-        """Copies of the buffers that a state dict holds, such as a head's running statistics."""
+        """Copies of the buffers that a state dict holds, such as a head's running statistics; collective.
+
+        Statistics are those of all ranks, which go on from them.
+        """
+        self._average_statistics()
+        return {name: tensor.detach().cpu().clone() for name, tensor in self._state_buffers().items()}
+
+    def _state_buffers(self) -> dict[str, Tensor]:
         parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        state = self.model.state_dict()
-        return {name: tensor.detach().cpu().clone() for name, tensor in state.items() if name not in parameters}
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in parameters}
+
+    def _average_statistics(self) -> None:
+        """Give every rank the mean of all ranks' running statistics.
+
+        Every rank's are of as many images, up to one in a micro-batch. Their updates are linear, so it does not matter
+        when, or how often, the mean is taken.
+        """
+        if self.ranks.world == 1:
+            return
+        running = [tensor for tensor in self._state_buffers().values() if tensor.is_floating_point()]
+        if not running:
+            return
+        # In fp64 the mean of equal numbers is that number, so buffers that nothing changes keep their bits.
+        total = torch.cat([tensor.detach().double().flatten() for tensor in running])
+        torch.distributed.all_reduce(total)
+        for tensor, mean in zip(running, total.split([tensor.numel() for tensor in running]), strict=True):
+            tensor.copy_((mean / self.ranks.world).view_as(tensor))
 
     def load_buffers(self, buffers: dict[str, Tensor]) -> None:
         """Put back what `buffers` returned."""

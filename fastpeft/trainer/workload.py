@@ -52,6 +52,38 @@ def deal_images(task: Task, model: nn.Module, ranks: Ranks) -> Deal:
     return deal
 
 
+class Halves(nn.Module):
+    """A model with a frozen prefix, of which a call runs what follows the prefix, or the prefix alone.
+
+    At ZeRO stage 3 a forward pass, the prefix's too, begins and ends with the module that DeepSpeed was given.
+
+    Attributes:
+        model: The whole.
+        encoder: The prefix, as a module whose call can be seen from outside.
+    """
+
+    def __init__(self, model: nn.Module, prefix: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.encoder = _Encoder(prefix)
+        # Not registered: the weights are the model's.
+        self.__dict__["_decoder"] = prefix.decoder
+
+    def forward(self, inputs: torch.Tensor, *, encode: bool = False) -> torch.Tensor:
+        """Logits of features; or features of images."""
+        return self.encoder(inputs) if encode else self._decoder(inputs)
+
+
+class _Encoder(nn.Module):
+    def __init__(self, prefix: nn.Module) -> None:
+        super().__init__()
+        # Not registered: the weights are the model's.
+        self.__dict__["_prefix"] = prefix
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self._prefix.encode(images)
+
+
 class Workload(Work):
     """A classifier's run.
 
@@ -77,7 +109,6 @@ class Workload(Work):
         config = task.config
         self.train_split, self.val_split, self.test_split = task.splits.train, task.splits.val, task.splits.test
         self.evaluation_batch = features.BATCH
-        self._prefix = None
         self._device, self._forward_dtype = ranks.device, self.dtype
         if config.train.cache_features == "auto" and task.splits.deterministic:
             self._cache(ranks, report, store)
@@ -164,8 +195,7 @@ class Workload(Work):
             )
             setattr(self, f"{name}_split", encoded)
         self.cached = prefix.description
-        self._prefix = prefix
-        self._trained = prefix.decoder
+        self._trained = Halves(self.model, prefix)
         if self.train_split.features.ndim == 2:
             # Only the head is left, and full precision costs nothing there.
             self._forward_dtype = torch.float32
@@ -192,4 +222,10 @@ class Workload(Work):
         if self.cached is None or isinstance(split, features.Features):
             return inputs
         with precision.autocast(self._device, self.dtype):
-            return self._prefix.encode(inputs)
+            return self._trained(inputs, encode=True)
+
+    def whole_readers(self) -> list[tuple[nn.Module, list[nn.Parameter]]]:
+        """The prefix, which reads the model's class token and positions."""
+        if self.cached is None:
+            return []
+        return [(self._trained.encoder, list(self.model.parameters(recurse=False)))]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
+import resource
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from fastpeft.trainer import checkpoint
 
@@ -56,6 +61,86 @@ def test_the_newest_whole_one_is_used(tmp_path):
     _, state = checkpoint.load_latest(tmp_path, warnings.append)
     assert state == {"step": 1} and len(warnings) == 1
     assert not (tmp_path / "step-00000002").exists()
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("fastpeft.trainer.checkpoint._digest_file", OSError(errno.EIO, os.strerror(errno.EIO))),
+        ("pathlib.Path.read_text", OSError(errno.EMFILE, os.strerror(errno.EMFILE))),
+        ("safetensors.torch.load_file", SafetensorError("cannot allocate memory")),
+    ],
+)
+def test_what_cannot_be_read_now_is_not_taken_for_damaged(tmp_path, monkeypatch, where, error):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, tensors(step), {"step": step})
+    warnings = []
+
+    def failing(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, failing)
+        with pytest.raises(OSError, match="step-00000002: cannot be read"):
+            checkpoint.load_latest(tmp_path, warnings.append)
+    assert not warnings
+    assert checkpoint.load_latest(tmp_path, print)[1] == {"step": 2}
+
+
+def test_a_file_that_is_missing_is_damage(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, tensors(step), {"step": step})
+    (tmp_path / "step-00000002" / "tensors.safetensors").unlink()
+    warnings = []
+    assert checkpoint.load_latest(tmp_path, warnings.append)[1] == {"step": 1}
+    assert len(warnings) == 1
+
+
+@contextlib.contextmanager
+def small_files():
+    """No file can grow beyond 4 KiB, which stands for a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("large", ["tensors", "state"])
+def test_what_cannot_be_written_leaves_the_one_before(tmp_path, large):
+    checkpoint.save(tmp_path, 1, tensors(1), {"step": 1})
+    more = {"large": torch.zeros(4096)} if large == "tensors" else {}
+    state = {"step": 2} if large == "tensors" else {"history": ["epoch"] * 1000}
+    with small_files(), pytest.raises(OSError, match="step-00000002: cannot be written: "):
+        checkpoint.save(tmp_path, 2, tensors(2) | more, state)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert checkpoint.load_latest(tmp_path, print)[1] == {"step": 1}
+
+
+@pytest.mark.parametrize("renamed", [0, 1, 2])
+def test_one_of_the_same_step_is_there_until_the_new_one_is(tmp_path, monkeypatch, renamed):
+    checkpoint.save(tmp_path, 4, tensors(1), {"number": 1})
+    rename, done = os.rename, []
+
+    def killed(*paths):
+        if len(done) == renamed:
+            raise KeyboardInterrupt
+        rename(*paths)
+        done.append(paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", killed)
+        if renamed == 2:
+            patch.setattr(checkpoint, "_flush", lambda path: killed() if len(done) == 2 else None)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(tmp_path, 4, tensors(2), {"number": 2})
+    found, state = checkpoint.load_latest(tmp_path, print)
+    number = 2 if renamed == 2 else 1
+    assert state == {"number": number} and torch.equal(found["param/a"], tensors(number)["param/a"])
+    checkpoint.save(tmp_path, 4, tensors(3), {"number": 3})
+    assert checkpoint.load_latest(tmp_path, print)[1] == {"number": 3}
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
 
 
 def test_an_unfinished_write_is_ignored_and_replaced(tmp_path):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
+from fastpeft.errors import FastPEFTError
 from fastpeft.trainer.workload import Workload
 
 
@@ -104,6 +107,87 @@ def test_weights_that_are_not_finite_are_never_checkpointed(train, write_config,
     code, _, err = train(write_config())
     assert code == 1 and "step 12: param/" in one_line(err)
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-00000006"]
+
+
+def test_a_full_disk_is_one_line(train, write_config, tmp_path, monkeypatch):
+    from safetensors import SafetensorError, torch
+
+    save_file, calls = torch.save_file, []
+
+    def full(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save_file(*arguments)
+
+    config = write_config()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save_file", full)
+        code, _, err = train(config)
+    message = one_line(err)
+    assert code == 1 and "step-00000012: cannot be written" in message and "No space left" in message
+    assert "the same command continues from the last checkpoint" in message
+    code, out, _ = train(config)
+    assert code == 0 and "resuming  after step 12" in out
+
+
+@pytest.fixture
+def second(monkeypatch) -> list[float]:
+    """This process says that it is the second of two ranks, and notes how long it waits instead of waiting."""
+    waited: list[float] = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(time, "sleep", waited.append)
+    return waited
+
+
+def raising(error: BaseException):
+    def run(*_):
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "expected"),
+    [
+        (FastPEFTError("7.jpg: cannot be read"), 1, "7.jpg: cannot be read"),
+        (OSError(5, "Input/output error"), 1, "Input/output error; the same command continues"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_a_rank_that_fails_alone_says_so(train, write_config, monkeypatch, second, error, code, expected):
+    from fastpeft.trainer import session
+
+    monkeypatch.setattr(session, "run", raising(error))
+    found, _, err = train(write_config())
+    assert found == code and one_line(err).startswith("error: rank 1: ") and expected in err
+    # Long enough for the launcher to end this rank if the first one has told the same.
+    assert second and second[0] > 5
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(FastPEFTError("7.jpg: cannot be read"), True), (KeyboardInterrupt(), False)]
+)
+def test_an_interruption_of_the_wait_is_no_traceback(train, write_config, monkeypatch, second, error, told):
+    from fastpeft.trainer import session
+
+    monkeypatch.setattr(session, "run", raising(error))
+    monkeypatch.setattr(time, "sleep", raising(KeyboardInterrupt()))
+    _, _, err = train(write_config())
+    assert ("7.jpg" in err) == told and "Traceback" not in err
+
+
+def test_a_rank_that_is_gone_is_one_line_to_the_others(train, write_config, monkeypatch):
+    from fastpeft.trainer import session
+
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:6049.")
+    monkeypatch.setattr(session, "run", raising(gone))
+    code, _, err = train(write_config())
+    assert code == 1 and "another rank has ended" in one_line(err)
+    monkeypatch.setattr(session, "run", raising(RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
+    with pytest.raises(RuntimeError, match="mat1"):
+        train(write_config())
 
 
 def test_a_mistake_that_is_mended_is_not_held_against_the_folder(train, write_config):

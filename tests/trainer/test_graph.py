@@ -125,6 +125,25 @@ def test_replayed_steps_are_the_steps(method):
         assert int(recorded.fastpeft_host.clock.step) == len(sizes) == int(plain.fastpeft_host.clock.step)
 
 
+def test_a_step_of_the_full_size_is_recorded():
+    replayed = []
+
+    def capture(function):
+        replay, result = record(function)
+        return lambda: (replayed.append(len(graph._inputs)), replay()), result
+
+    # As of 29 images in batches of 8: the fourth step, the first that could be recorded, is a small one.
+    sizes = [8, 8, 8, 5] * 3
+    plain, step, _ = training("vpt-deep")
+    recorded, graph, _ = training("vpt-deep", capture)
+    for index, size in enumerate(sizes):
+        x, y = images(batch=size, seed=index), labels(size)
+        assert float(graph(x, y)) == pytest.approx(float(step(x, y)), rel=1e-5), f"step {index}"
+    assert replayed == [8] * 6
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(recorded.state_dict()[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_a_mask_that_stood_still_would_be_noticed():
     losses = []
     _, graph, _ = training("vpt-shallow-dropout", record)

@@ -11,11 +11,12 @@ import yaml
 from safetensors.torch import load_file
 
 import fastpeft
+from fastpeft.config import load_config
 from fastpeft.metrics import ptb
 from fastpeft.models.mplug import MPlug
 from fastpeft.models.mplug.generation import generate
 from fastpeft.trainer.loop import Loop
-from fastpeft.trainer.mplug import work
+from fastpeft.trainer.mplug import captioning, work
 from fastpeft.trainer.mplug.work import MPlugWork
 from fastpeft.trainer.stepper import Stepper
 from tests.native.amx import needs_amx
@@ -259,7 +260,6 @@ def test_a_long_question_keeps_the_templates_end(train, write, monkeypatch):
 def test_the_adapter_fits_a_model_that_is_built_without_the_trainer(train, write, tmp_path, squares):
     config = write(method={"name": "prefix", "length": 3, "form": "hidden"})
     assert train(config)[0] == 0
-    from fastpeft.config import load_config
     from fastpeft.trainer.mplug.build import build_mplug, open_tokenizer
 
     saved = fastpeft.read_config(tmp_path / "out" / "adapter")
@@ -295,6 +295,26 @@ def test_resuming_anywhere_gives_the_same_bytes(train, write, tmp_path, monkeypa
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_a_run_that_is_evaluated_at_its_end_alone_is_saved_before(train, write, tmp_path, monkeypatch):
+    changes = {"train": {"steps": 20}, "data": {"val": None}}
+    assert train(write(out="whole", **changes))[0] == 0
+    config = write(out="cut", **changes)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 13)
+        with pytest.raises(Killed):
+            train(config)
+    # Every tenth of the run.
+    assert (tmp_path / "cut" / "checkpoints" / "step-00000012").is_dir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "measure", lambda *_: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            train(config)
+    code, out, err = train(config)
+    assert code == 0 and "resuming  after step 20" in out, err
+    first, second = ((tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert first.read_bytes() == second.read_bytes()
+
+
 def test_the_best_part_on_validation_is_kept(train, write, tmp_path, monkeypatch):
     scores = {"val": iter([0.2, 0.9, 0.5]), "test": iter([0.3, 0.7])}
     monkeypatch.setattr(Loop, "measure", lambda self, split: {f"{split}_cider": next(scores[split])})
@@ -308,9 +328,6 @@ def test_the_best_part_on_validation_is_kept(train, write, tmp_path, monkeypatch
 
 
 def test_a_smaller_share_of_the_data_is_part_of_a_larger_one(write):
-    from fastpeft.config import load_config
-    from fastpeft.trainer.mplug import captioning
-
     chosen = {}
     for ratio, seed in ((0.1, 0), (0.5, 0), (0.1, 1)):
         config = load_config(write(data={"data_ratio": ratio, "seed": seed}))
@@ -482,10 +499,41 @@ def test_the_prompt_is_seen_on_one_route_and_not_on_the_other(train, write, tmp_
             name = f"{route}{len(prompt)}"
             code, out, _ = train(write(data={"route": route, "prompt": prompt}, train={"steps": 2}, out=name))
             assert code == 0
-            assert ("trained parameters of text encoder and fusion stay as they are" in out) == (route == "image")
+            assert ("parameters of text encoder and fusion stay as they are" in out) == (route == "image")
             found[route, prompt] = results(tmp_path / name)["history"][-1]["train_loss"]
     assert found["fused", "a picture of"] != found["fused", "what is it"]
     assert found["image", "a picture of"] == found["image", "what is it"]
+
+
+@pytest.mark.parametrize("zero", [0, 1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3))])
+def test_what_the_route_leaves_out_stays_as_it_is(train, write, tmp_path, zero):
+    options = {"zero": zero, "weight_decay": 0.5, "base_lr": 0.1}
+    config = write(data={"route": "image", "val": None}, train=options)
+    code, _, err = train(config)
+    assert code == 0, err
+    before = captioning.prepare(load_config(config), "run.yaml")[0].build().state_dict()
+    tensors = adapter(tmp_path / "out")
+    same = {name for name, tensor in tensors.items() if torch.equal(tensor, before[name])}
+    idle = {name for name in tensors if name.startswith(("text_encoder.", "fusion_encoder."))}
+    assert same == idle and idle and idle < set(tensors)
+    trained = sum(tensor.numel() for name, tensor in tensors.items() if name not in idle)
+    assert results(tmp_path / "out")["trained_parameters"] == trained
+
+
+@pytest.mark.parametrize("most", [8, 25])
+def test_tokens_of_a_step_are_counted_once_a_caption(write, monkeypatch, most):
+    task, _ = captioning.prepare(load_config(write(data={"max_length": most})), "run.yaml")
+    dataset, counted = task.splits["train"].dataset, []
+    kind = captioning.Captioning.__new__(captioning.Captioning)
+    kind.task = task
+    lengths = task.tokenizer.lengths
+    monkeypatch.setattr(task.tokenizer, "lengths", lambda texts: (counted.extend(texts), lengths(texts))[1])
+    for indices in ([0, 1, 2, 0], [2, 5, 1], list(range(len(dataset)))):
+        _, mask = task.tokenizer([dataset[index].caption for index in indices], most)
+        assert kind.units([(0, index) for index in indices]) == int(mask[:, 1:].sum())
+    assert len(counted) == len(dataset)
+    # Captions of different lengths, all of which are cut off or none.
+    assert mask.all() == (most == 8)
 
 
 @pytest.mark.slow
@@ -529,6 +577,7 @@ def test_loader_processes_change_nothing(train, write, tmp_path):
         ("captions", ["train.offload=all"], "train.offload 'all' goes with train.zero 3, got 0"),
         ("captions", ["train.lr={prefix: 1}"], "train.lr.prefix: no such parameter group; this run trains: lora"),
         ("captions", ["method={name: lora, stacks: [txet]}"], "method: "),
+        ("captions", ["data.route=image", "method={name: lora, stacks: [text]}"], "data.route 'image' runs neither"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

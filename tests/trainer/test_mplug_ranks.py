@@ -152,6 +152,23 @@ def read(out) -> list:
 
 
 @pytest.mark.slow
+def test_an_image_that_only_one_rank_reads_is_named(command, write, tmp_path, squares):  # noqa: F811
+    tree = json.loads((squares / "captions.json").read_text())
+    # Of the images of an evaluation the second rank reads the second, and so on.
+    image = [image for image in tree["images"] if image["split"] == "val"][1]
+    whole = squares / f"{image['filepath']}_img" / image["filename"]
+    image["filename"] = "truncated.png"
+    whole.with_name("truncated.png").write_bytes(whole.read_bytes()[:60])
+    (tmp_path / "captions.json").write_text(json.dumps(tree))
+    data = dict.fromkeys(("train", "val", "test"), str(tmp_path / "captions.json"))
+    done = command(write(data=data, train={"steps": 1, "warmup_steps": 0, "cache_images": "off"}), launcher=torchrun(2))
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if "error: " in line and "another rank has ended" not in line]
+    assert len(told) == 1 and told[0].startswith("error: rank 1: ") and "truncated.png" in told[0], done.stderr
+    assert "[rank0]: Traceback" not in done.stderr
+
+
+@pytest.mark.slow
 def test_each_of_two_ranks_holds_half_and_nothing_outlives_the_gather(write, environment, tmp_path):  # noqa: F811
     # Layers enough for one to be a small part.
     sizes = vl.config(tmp_path)["model"]["sizes"] | {"decoder_layers": 6}

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastpeft.config import ConfigError, TrainConfig
+from fastpeft.config_mplug import MPlugTrainConfig
 from fastpeft.trainer import heads, optim
 
 HEAD = [("head.weight", nn.Parameter(torch.zeros(5, 8))), ("head.bias", nn.Parameter(torch.zeros(5)))]
@@ -41,6 +42,15 @@ def test_weight_decay_spares_biases_as_the_protocols_say(optimizer, spared):
     found = {names[id(p)] for group in built.param_groups if group["weight_decay"] == 0 for p in group["params"]}
     assert found == spared
     assert sum(len(group["params"]) for group in built.param_groups) == 4
+
+
+def test_sgd_spares_the_bias_of_the_words_that_mplug_predicts():
+    output = [("text_decoder.cls.predictions.bias", nn.Parameter(torch.zeros(30)))]
+    hidden = [("text_decoder.cls.predictions.transform.dense.bias", nn.Parameter(torch.zeros(8)))]
+    config = MPlugTrainConfig(steps=20, base_lr=1.0, optimizer="sgd", weight_decay=0.1)
+    built = optim.build_optimizer({"classifier": output + hidden}, 0, config)
+    decays = {id(parameter): group["weight_decay"] for group in built.param_groups for parameter in group["params"]}
+    assert decays == {id(output[0][1]): 0.0, id(hidden[0][1]): 0.1}
 
 
 def test_the_rate_rises_once_an_epoch_and_falls_along_a_cosine():

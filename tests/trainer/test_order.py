@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastpeft.trainer.features import Features
 from fastpeft.trainer.order import Deal, evaluation_batches, mix, parts_of, training_batches
 
 
@@ -80,3 +81,26 @@ def test_evaluation_sees_every_image_once(world):
         for image in images
     ]
     assert sorted(found) == list(range(10))
+
+
+def test_features_in_memory_come_in_the_same_batches_without_a_loader(monkeypatch):
+    class Plain(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(held)
+
+        def __getitem__(self, index):
+            return held.features[index], held.labels[index]
+
+    held = Features(torch.randn(19, 5, 2), [index % 3 for index in range(19)])
+    deal = Deal(19, 8, seed=0, drop_last=False, parts=4)
+    found = []
+    for dataset in (Plain(), held):
+        if dataset is held:
+            monkeypatch.setattr("fastpeft.trainer.order._loader", None)
+        for rank in range(2):
+            dealt = list(training_batches(dataset, parts_of(deal, rank, 2, 0, 1, epochs=2), workers=0))
+            found.append(dealt + [(*batch, 0) for batch in evaluation_batches(dataset, 4, rank, 2, workers=0)])
+    for loaded, at_once in zip(found[:2], found[2:], strict=True):
+        assert len(loaded) == len(at_once) > 10
+        for (x, y, counted), (features, labels, count) in zip(loaded, at_once, strict=True):
+            assert torch.equal(features, x) and torch.equal(labels, y) and labels.dtype == y.dtype and count == counted

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import fastpeft
 from fastpeft.config import ConfigError
-from fastpeft.trainer import loop
+from fastpeft.trainer import features, loop
 from fastpeft.trainer.evaluate import Spare, evaluate
 from tests.thinned import thinned
 from tests.trainer.conftest import ROOT
@@ -128,6 +128,28 @@ def test_the_best_epoch_is_put_back_into_divided_weights(train, write_config, tm
     assert code == 0, err
     assert fastpeft.read_config(tmp_path / "out" / "adapter")["epoch"] == 1
     assert taken["again"] == pytest.approx(taken["best"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param({"name": "linear"}, marks=pytest.mark.slow), {"name": "partial", "k": 1}], ids=str
+)
+def test_a_split_without_room_for_its_features_is_encoded_with_divided_weights(
+    train, write_config, tmp_path, monkeypatch, method
+):
+    per_image = {"linear": 64, "partial": 64 * 5}[method["name"]] * 4
+    # 45 training images and 12 of validation; the class token and the positions are divided too.
+    monkeypatch.setattr(features, "LIMIT_BYTES", per_image * (45 + 12))
+    found = []
+    for zero in (0, 3):
+        rates = {"lr": {}, "base_lr": 0.03, "optimizer": "sgd", "zero": zero}
+        code, _, err = train(write_config(method=method, train=rates, out=str(tmp_path / f"zero{zero}")))
+        assert code == 0, err
+        found.append(json.loads((tmp_path / f"zero{zero}" / "results.json").read_text()))
+    assert found[0]["cached_features"] and found[1]["cached_features"] == found[0]["cached_features"]
+    assert found[1]["test_accuracy"] == found[0]["test_accuracy"]
+    plain = adapter(tmp_path / "zero0")
+    for name, tensor in adapter(tmp_path / "zero3").items():
+        torch.testing.assert_close(tensor, plain[name], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.skipif(LAUNCHER is None, reason="DeepSpeed's launcher is not installed")

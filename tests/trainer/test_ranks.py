@@ -15,8 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from fastpeft.config import load_config
+from fastpeft.trainer.task import prepare
 from tests.thinned import EXHAUSTIVE
 from tests.trainer.conftest import ROOT
 
@@ -102,10 +105,71 @@ def test_two_ranks_resume_to_the_same_bytes(command, write_config, environment, 
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.slow
+def test_a_split_with_fewer_images_than_ranks_is_encoded(command, write_config, tmp_path):
+    config = write_config(method={"name": "linear"}, data={"test_size": 1}, train={"lr": {"head": 0.01}})
+    done = command(config, launcher=torchrun(2))
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["cached_features"] and found["test_accuracy"]["last"] in (0.0, 1.0)
+
+
+def test_running_statistics_that_are_scored_are_those_that_are_saved(command, write_config, tmp_path):
+    rates = {"lr": {}, "base_lr": 0.1, "select": "last", "epochs": 2, "checkpoint_every": "3 steps"}
+    config = write_config(method={"name": "mlp_head", "k": 2}, train=rates)
+    done = command(config, launcher=torchrun(2))
+    assert done.returncode == 0, done.stderr
+    task, model = prepare(load_config(str(config)), "test")
+    saved = adapter(tmp_path / "out")
+    assert any(name.endswith("running_var") for name in saved)
+    assert not model.load_state_dict(saved, strict=False).unexpected_keys
+    images, labels = zip(*(task.splits.val[index] for index in range(len(task.splits.val))), strict=True)
+    with torch.no_grad():
+        loss = F.cross_entropy(model.eval()(torch.stack(images)), torch.tensor(labels))
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["history"][-1]["val_loss"] == pytest.approx(float(loss), rel=1e-4)
+
+
 def test_an_error_is_told_once_and_becomes_the_exit_code(command, write_config):
     done = command(write_config(), "method.length=0", launcher=launcher(2))
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1
+
+
+# Run as a rank: the training command, whose second rank finds every checkpoint damaged.
+_DAMAGED = """
+import os, sys
+from fastpeft.trainer import checkpoint
+if os.environ["RANK"] == "1":
+    checkpoint._digest_file = lambda path: "another"
+from fastpeft.train import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_ranks_go_on_from_one_checkpoint_or_not_at_all(train, write_config, environment, tmp_path, monkeypatch):
+    from tests.trainer.test_resume import Killed, interrupt_after
+
+    config = write_config(train={"checkpoint_every": "2 steps"})
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)
+        with pytest.raises(Killed):
+            train(config)
+    script = tmp_path / "damaged.py"
+    script.write_text(_DAMAGED)
+    done = subprocess.run(
+        [*torchrun(2), str(script), "--config", str(config)],
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode != 0
+    assert "error: rank 1: the first rank goes on from" in done.stderr and "step-00000004" in done.stderr
+    kept = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
+    assert kept == ["step-00000002", "step-00000004"]
 
 
 def wait_for(condition, seconds: float = 60.0) -> None:

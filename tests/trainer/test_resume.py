@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fastpeft.trainer import checkpoint
 from fastpeft.trainer.loop import Loop
@@ -133,6 +137,110 @@ def test_a_damaged_checkpoint_is_left_out_with_a_warning(train, write_config, tm
     assert code == 0 and "resuming  after step 8" in out
     assert "warning: damaged checkpoint removed" in err and "step-00000012" in err
     assert adapter_bytes(tmp_path / "cut") == adapter_bytes(tmp_path / "whole")
+
+
+def test_a_kill_during_an_evaluation_loses_no_step(train, write_config, tmp_path, monkeypatch):
+    options = TRAIN | {"epochs": 3, "checkpoint_every": "1 epoch"}
+    assert train(write_config(train=options, out=str(tmp_path / "whole")))[0] == 0
+    config = write_config(train=options, out=str(tmp_path / "cut"))
+    measure = Loop.measure
+    for epoch in (2, 3):
+
+        def killed(self, split, at=epoch):
+            if self.position.epoch == at:
+                raise Killed
+            return measure(self, split)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Loop, "measure", killed)
+            with pytest.raises(Killed):
+                train(config)
+        assert newest_step(tmp_path / "cut") == 6 * epoch
+    code, out, _ = train(config)
+    assert code == 0 and "resuming  after step 18" in out
+    assert adapter_bytes(tmp_path / "cut") == adapter_bytes(tmp_path / "whole")
+    one, two = (json.loads((tmp_path / name / "results.json").read_text())["history"] for name in ("whole", "cut"))
+    assert one == two
+
+
+def test_an_evaluation_is_not_repeated_once_it_is_kept(train, write_config, monkeypatch):
+    measure, epochs = Loop.measure, []
+
+    def counted(self, split):
+        epochs.append((self.position.epoch, split))
+        return measure(self, split)
+
+    monkeypatch.setattr(Loop, "measure", counted)
+    config = write_config(train=TRAIN | {"epochs": 3, "checkpoint_every": "1 epoch"})
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 13)
+        with pytest.raises(Killed):
+            train(config)
+    assert train(config)[0] == 0
+    assert [epoch for epoch, split in epochs if split == "val"] == [1, 2, 3]
+
+
+def test_a_format_that_the_hardware_chooses_anew_is_told(train, write_config, tmp_path, monkeypatch):
+    from fastpeft.trainer import precision
+
+    config = write_config(train=TRAIN | {"precision": "auto", "epochs": 3})
+    with monkeypatch.context() as patch:
+        patch.setattr(precision, "_cpu_flags", lambda: {"amx_bf16"})
+        interrupt_after(patch, 9)
+        with pytest.raises(Killed):
+            train(config)
+    folder = tmp_path / "out" / "checkpoints"
+    tensors, state = checkpoint.load(folder / "step-00000008")
+    assert state["precision"] == "bf16"
+    monkeypatch.setattr(precision, "_cpu_flags", set)
+    code, _, err = train(config)
+    assert code == 0 and "begun in bf16, continued in fp32" in err
+    # Older checkpoints do not say.
+    del state["precision"]
+    (tmp_path / "out" / "results.json").unlink()
+    shutil.rmtree(folder)
+    checkpoint.save(folder, 8, tensors, state)
+    code, out, err = train(config)
+    assert code == 0 and "resuming  after step 8" in out and "begun in" not in err
+
+
+def test_a_checkpoint_that_was_being_replaced_is_the_runs(train, write_config, tmp_path, monkeypatch):
+    config = write_config(train=TRAIN | {"epochs": 3})
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)
+        with pytest.raises(Killed):
+            train(config)
+    folder = tmp_path / "out" / "checkpoints"
+    (folder / "step-00000004").rename(folder / ".replaced-step-00000004")
+    code, _, err = train(config, "train.seed=7")
+    assert code == 2 and "another configuration" in err
+    code, out, _ = train(config)
+    assert code == 0 and "resuming  after step 4" in out
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    [("whole", None), ("damaged", "checksum"), ("other", "of another run"), ("none", "No such file")],
+)
+def test_another_rank_reads_what_the_first_one_chose_or_says_why_not(tmp_path, seen, expected):
+    folder = tmp_path / "checkpoints"
+    state = {"position": {"global_step": 5, "best": float("nan")}}
+    for step in (4, 5):
+        path = checkpoint.save(folder, step, {"a": torch.ones(3)}, state)
+    if seen == "damaged":
+        (path / "tensors.safetensors").write_bytes(b"")
+    elif seen == "other":
+        checkpoint.save(folder, 5, {"a": torch.ones(3)}, {"position": {"global_step": 5, "best": 1.0}})
+    elif seen == "none":
+        shutil.rmtree(path)
+    loop = Loop.__new__(Loop)
+    loop.folder = SimpleNamespace(checkpoints=folder)
+    if expected is None:
+        assert loop._tensors_of(json.loads(json.dumps(state)))["a"].tolist() == [1, 1, 1]
+        return
+    with pytest.raises(checkpoint.CheckpointError, match=f"step-00000005.*{expected}"):
+        loop._tensors_of(state)
+    assert path.exists() == (seen != "none")
 
 
 def test_an_interruption_before_the_results_are_written_only_repeats_the_end(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +117,23 @@ class Captioning(MPlugWork):
 
     def units(self, keys: list[tuple[int, int]]) -> float:
         """Tokens that are predicted: all but each caption's first."""
-        split = self.task.splits["train"]
+        indices = [index for _, index in keys]
+        self._count([index for index in set(indices) if index not in self._predicted])
+        return sum(self._predicted[index] for index in indices)
+
+    @cached_property
+    def _predicted(self) -> dict[int, int]:
+        """Tokens that are predicted of each training sample seen so far: all ranks' are counted in every step."""
+        return {}
+
+    def _count(self, indices: list[int]) -> None:
+        """Add samples to `_predicted`."""
+        split, most = self.task.splits["train"], self.task.config.data.max_length
         captions, chosen = split.source, split.dataset.chosen
-        texts = []
-        for _, index in keys:
-            image, sentence = captions.pairs[chosen[index]]
-            texts.append(captions.images[image].sentences[sentence] + END)
-        _, mask = self.task.tokenizer(texts, self.task.config.data.max_length)
-        return int(mask[:, 1:].sum())
+        pairs = [captions.pairs[chosen[index]] for index in indices]
+        texts = [captions.images[image].sentences[sentence] + END for image, sentence in pairs]
+        for index, length in zip(indices, self.task.tokenizer.lengths(texts), strict=True):
+            self._predicted[index] = min(length, most) - 1
 
     def memory(self, image: Stream, batch: CaptionBatch) -> Stream:
         """By the route of the configuration."""

@@ -117,22 +117,37 @@ def prepared(
     with blame(source, "model"):
         mean, std = normalisation(config.model)
     model = built(config, source, tokenizer)
+    with blame(source, "method"):
+        description += _rest(config, model)
     with blame(source, None):
         optim.base_rates(fastpeft.parameter_groups(model), config.train)
     with blame(source, "data"):
         splits = split(model.config.image_size)
-    description += _idle(config, model)
     return MPlugTask(config, source, tokenizer, splits, description, mean, std), model
 
 
-def _idle(config: MPlugRun, model: nn.Module) -> str:
-    """What is trained and never run, in words that follow the data's; "" for nothing."""
+def _rest(config: MPlugRun, model: nn.Module) -> str:
+    """Freeze what would be trained and is never run.
+
+    Without that the optimizer's decay would move it where a rank's share of all parameters is one tensor, and has a
+    gradient, if only zeros, throughout.
+
+    Returns:
+        What was frozen, in words that follow the data's; "" for nothing.
+
+    Raises:
+        ConfigError: Nothing else is trained.
+    """
     if getattr(config.data, "route", "fused") == "fused":
         return ""
     parts = ("text_encoder.", "fusion_encoder.")
-    trained = {id(p): p for name, p in model.named_parameters() if p.requires_grad and name.startswith(parts)}
-    count = sum(parameter.numel() for parameter in trained.values())
-    return f"; route image: {count:,} trained parameters of text encoder and fusion stay as they are" if count else ""
+    idle = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith(parts)]
+    for parameter in idle:
+        parameter.requires_grad_(False)
+    if not fastpeft.trainable_parameters(model):
+        raise ConfigError("all that is trained is in text encoder and fusion, and data.route 'image' runs neither")
+    count = sum(parameter.numel() for parameter in idle)
+    return f"; route image: {count:,} parameters of text encoder and fusion stay as they are" if count else ""
 
 
 def built(config: MPlugRun, source: str, tokenizer: Tokenizer) -> nn.Module:

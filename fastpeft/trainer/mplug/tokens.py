@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
 from fastpeft.data.vl_transforms import ImageFiles
 from fastpeft.errors import FastPEFTError
-from fastpeft.trainer import feature_key, order
+from fastpeft.trainer import feature_key, features, order
 from fastpeft.trainer.feature_store import FeatureStore
 from fastpeft.trainer.launch import Ranks
 from fastpeft.trainer.report import Reporter
@@ -79,7 +78,7 @@ def encode(
             tokens[rows] = encoded
             advance(len(rows) * ranks.world)
     if ranks.world > 1:
-        tokens = _combined(tokens, len(numbers), ranks)
+        tokens = features.combined(tokens, len(numbers), ranks)
     return Tokens(numbers, tokens)
 
 
@@ -114,17 +113,3 @@ def _stacked(samples: list) -> tuple[Tensor, Tensor] | FastPEFTError:
             return sample
     images, rows = zip(*samples, strict=True)
     return torch.stack(images), torch.tensor(rows)
-
-
-def _combined(tokens: Tensor | None, count: int, ranks: Ranks) -> Tensor:
-    """Add up the ranks' shares, each zero where it has no image: exact as bytes. A rank may have had none at all."""
-    shapes: list[tuple | None] = [None] * ranks.world
-    torch.distributed.all_gather_object(shapes, None if tokens is None else (tuple(tokens.shape), tokens.dtype))
-    shape, dtype = next(entry for entry in shapes if entry is not None)
-    whole = torch.zeros(shape, dtype=dtype) if tokens is None else tokens
-    # In parts: on a GPU the sum goes through its memory.
-    for first in range(0, count, 1024):
-        part = whole[first : first + 1024].contiguous().view(torch.uint8).to(ranks.device)
-        torch.distributed.all_reduce(part)
-        whole[first : first + 1024] = part.cpu().view(dtype).view(-1, *shape[1:])
-    return whole
