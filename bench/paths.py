@@ -85,7 +85,7 @@ class Setting:
         model.train()
         forward.train()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-4)
+        optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
         def step() -> Tensor:
             with precision.autocast(self.device, dtype):

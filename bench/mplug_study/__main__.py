@@ -56,7 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--classifier", choices=tuple(_CLASSIFIER), default="both", help="train the output layer too")
     parser.add_argument("--product", action="store_true", help="every size on every share of the data")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each setting [1]")
-    parser.add_argument("--quick", action="store_true", help="two shares, two sizes, a tenth of the steps, greedy search")
+    parser.add_argument(
+        "--quick", action="store_true", help="two shares and sizes, a tenth of the steps, greedy search"
+    )
     parser.add_argument(
         "--tokenizer", choices=TOKENIZERS, default="java", help="of captions; python does without Java [java]"
     )

@@ -178,6 +178,6 @@ class MPlugJob:
         size = f" {self.tuning.knob} {self.size}" if self.tuning.knob else ""
         classifier = " and classifier" if self.classifier else ""
         return (
-            f"{self.corpus.name} {self.tuning.name}{size}{classifier}, {100 * self.ratio:g}% of the data, {self.stage}, "
-            f"rate {self.rate:g}, seed {self.seed}"
+            f"{self.corpus.name} {self.tuning.name}{size}{classifier}, {100 * self.ratio:g}% of the data, "
+            f"{self.stage}, rate {self.rate:g}, seed {self.seed}"
         )

@@ -16,9 +16,7 @@ _NO_NUMBERS = "The study shows this as a figure, without numbers."
 def by_ratio(found: Sequence[Cell], protocol: Protocol, schedule: Schedule, corpus: str) -> Layout:
     """Score by share of the training samples, every method at one size."""
     ratios = sorted({cell.ratio for cell in found})
-    table = Layout(
-        f"{schedule.title} by share of the data, {corpus}", ("method", "trained", *map(share, ratios))
-    )
+    table = Layout(f"{schedule.title} by share of the data, {corpus}", ("method", "trained", *map(share, ratios)))
     for name, tuning in protocol.tunings.items():
         size = reference_size(found, name, tuning.reference)
         for classifier in (False, True):

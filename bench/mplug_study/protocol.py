@@ -138,7 +138,9 @@ def of_study(
         CAPTION: _thinned(usual[CAPTION], quick_captions),
         VQA: _thinned(usual[VQA], quick_questions),
     }
-    return Protocol("quick", schedules, chosen, f"a tenth of the study's steps, two shares, two sizes, greedy search, {runs}")
+    return Protocol(
+        "quick", schedules, chosen, f"a tenth of the study's steps, two shares, two sizes, greedy search, {runs}"
+    )
 
 
 def _worded(schedule: Schedule, tokenizer: str) -> Schedule:

@@ -82,7 +82,7 @@ def main() -> None:
     launch.start(ranks)
     model, step = _built(options.model, options.method, options.form)
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer = torch.optim.AdamW([{"params": list(named.values())}], lr=1e-3)
+    optimizer = torch.optim.AdamW([{"params": list(named.values())}], lr=1e-3, fused=True)
     if options.form == "patched":
         readers = readers_of(model) if isinstance(model, Root) else []
         stepper = PartitionedStepper(model, named, optimizer, 1, readers=readers)
