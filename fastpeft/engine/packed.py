@@ -88,20 +88,23 @@ def attend_to_memory(
 ) -> Tensor | None:
     """What cross-attention gives for queries (B, H, M, D) of a memory (B, N, d), (B, M, H D), if they are few.
 
-    Only where the chosen backend runs the products and sees the lengths: heads as wide as the memory are for it.
+    On a CPU alone, whatever its instruction set: nobody has measured it on a GPU.
     """
     spec, backend = run.spec, run.backends["prompt_attention"]
+    if memory.device.type != "cpu" or backend not in ("auto", "cpu") or run.backends["block"] == "reference":
+        return None
+    if run.hooked or torch.compiler.is_compiling() or not memory.shape[:-1].numel() or not _as_they_are(memory):
+        return None
     needs = [torch.is_grad_enabled() and t.requires_grad for t in (memory, q)]
-    if attn_mask is not None or not pays(q.shape[2], spec.num_heads, memory.shape[-1], *needs):
+    if not pays(q.shape[2], spec.num_heads, memory.shape[-1], *needs):
         return None
-    keys, values = _serve(run, ("cross_k",), memory), _serve(run, ("cross_v",), memory)
-    if keys is None or values is None or is_reference("prompt_attention", backend, memory.device):
+    keys, values = layers_of(run, ("cross_k",)), layers_of(run, ("cross_v",))
+    if keys is None or values is None or keys.trained or values.trained:
         return None
-    k, v = keys[1], values[1]
-    scale = spec.scale
+    wk, wv, bv = keys.weights[0], values.weights[0], values.biases[0]
     with suspended(memory.device):
         return memory_attention(
-            q, memory, k.weights[0], v.weights[0], v.biases[0], k.terms, v.terms, scale, None, lengths, backend
+            q, memory, wk, wv, bv, keys.terms, values.terms, spec.scale, attn_mask, lengths, backend
         )
 
 
