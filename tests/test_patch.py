@@ -61,8 +61,10 @@ def test_unpatching_gives_the_model_back(method):
     fastpeft.patch(model, METHODS[method])
     if set(model.state_dict()) != set(before["state"]):
         changed = snapshot(model)
-        with pytest.raises(MethodError, match=r"unpatching would lose .*fastpeft.merge.*fastpeft.save.*discard=True"):
+        with pytest.raises(MethodError, match=r"unpatching would lose .*fastpeft.save.*discard=True") as caught:
             fastpeft.unpatch(model)
+        # Merging would leave the head that stands above a deep one's layers, and lose them.
+        assert ("fastpeft.merge" in str(caught.value)) == ("mlp_head" not in str(caught.value))
         assert_equal(snapshot(model), changed)
     fastpeft.unpatch(model, discard=True)
     assert_equal(snapshot(model), before)
@@ -250,6 +252,40 @@ def test_the_classes_are_still_theirs(method):
     assert isinstance(model.blocks[0], timm.models.vision_transformer.Block)
     assert model.get_classifier() is model.head
     assert model.no_weight_decay() == vit().no_weight_decay()
+
+
+def with_layers(norm=nn.LayerNorm, **options):
+    """A model whose head is a norm and a linear layer, as somebody put it there."""
+    model = vit(**options)
+    model.head = nn.Sequential(norm(32), nn.Linear(32, 5)).to(model.head.weight.dtype)
+    return model
+
+
+@pytest.mark.parametrize("method", ["vpt-deep", "lora-q-v", "linear", "full"])
+def test_a_head_of_several_modules_is_trained_as_it_is(method):
+    model = with_layers()
+    model.head.requires_grad_(False)
+    before = snapshot(model)
+    fastpeft.patch(model, METHODS[method])
+    head = {"head.0.weight", "head.0.bias", "head.1.weight", "head.1.bias"}
+    assert {name for name, _ in fastpeft.parameter_groups(model)["head"]} == head
+    assert fastpeft.summary(model).head == 2 * 32 + 5 * 32 + 5
+    model.train()(images()).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.head.parameters())
+    fastpeft.unpatch(model, discard=True).zero_grad()
+    assert_equal(snapshot(model), before)
+    fastpeft.patch(model, METHODS[method], train_head=False)
+    assert not any(parameter.requires_grad for parameter in model.head.parameters()) or method == "full"
+
+
+def test_hidden_layers_go_before_a_linear_head_only():
+    model = with_layers()
+    before = snapshot(model)
+    with pytest.raises(MethodError, match=r"MLPHead: the head must be an nn\.Linear, got Sequential"):
+        fastpeft.patch(model, fastpeft.MLPHead(2))
+    assert_equal(snapshot(model), before)
+    with pytest.raises(MethodError, match="the model has no head"):
+        fastpeft.patch(vit(num_classes=0), fastpeft.MLPHead(2))
 
 
 def with_layers(norm=nn.LayerNorm, **options):
